@@ -1,0 +1,453 @@
+"""Records in this process's memory: the protocol in plain Python, for tests and one-process programs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+
+from idem_tasks.claims import (
+    ClaimAnswer,
+    ClaimRequest,
+    EncodedOutcome,
+    Finished,
+    Granted,
+    InDoubt,
+    InProgress,
+    Lease,
+    Lost,
+    NotKept,
+    Parked,
+    Record,
+    Recorded,
+    Release,
+    Released,
+    State,
+    new_owner,
+)
+from idem_tasks.errors import ConflictError, InProgressError
+from idem_tasks.events import Announcer
+from idem_tasks.stores.base import MarkerPending, RuntimeName
+
+_ENDED = (State.COMPLETED, State.FAILED)
+_PURGEABLE = (*_ENDED, State.RELEASED)
+_FENCED = (State.RUNNING, State.IN_DOUBT)
+"""The states in which a record still obeys the claim whose fencing token and owner it carries."""
+
+_SWEEP_FLOOR = 1000
+"""Records below which nothing is swept: a few hundred kilobytes are not worth a walk over all of them."""
+
+_MESSAGE_LIMIT = 2000
+"""Characters of an error message that are kept: enough for people, and no place for a whole document."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """One record; times are seconds since the epoch. Changed only under the store's lock."""
+
+    scope: str
+    key: str
+    created_at: float
+    updated_at: float
+    state: State = State.RUNNING
+    fencing_token: int = 0
+    owner: str = ""
+    fingerprint: str | None = None
+    attempts: int = 0
+    failures: int = 0
+    crashes: int = 0
+    generation: int = 1
+    lease_expires_at: float = 0.0
+    expires_at: float = 0.0
+    completed_at: float | None = None
+    outcome: bytes | None = None
+    codec: str | None = None
+    not_kept: NotKept | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    holder: str = ""
+    attention: str | None = None
+    traceparent: str | None = None
+
+    def obeys(self, owner: str, fencing_token: int) -> bool:
+        """Tell whether this claim was the last to be granted: the fence."""
+        return self.owner == owner and self.fencing_token == fencing_token
+
+    def is_held(self, now: float) -> bool:
+        return self.state is State.RUNNING and now < self.lease_expires_at
+
+    def retention_is_over(self, now: float) -> bool:
+        return self.state in _PURGEABLE and self.expires_at <= now
+
+    def lease_to(self, request: ClaimRequest) -> Lease:
+        return Lease(
+            request,
+            self.fencing_token,
+            attempts=self.attempts,
+            failures=self.failures,
+            crashes=self.crashes,
+            generation=self.generation,
+        )
+
+    def record_outcome(self, outcome: EncodedOutcome, now: float, retention: float) -> None:
+        self.outcome = outcome.body
+        self.codec = outcome.codec
+        self.not_kept = outcome.not_kept
+        self.error_type = outcome.error_type
+        self.error_message = _shortened(outcome.error_message)
+        self.updated_at = self.completed_at = now
+        # A run may outlast the retention that its claim was given: its outcome is kept for all of it (F61).
+        self.expires_at = max(self.expires_at, now + retention)
+        self.attention = "failed" if outcome.state is State.FAILED else None
+        self.state = outcome.state
+
+    def as_finished(self, now: float) -> Finished:
+        outcome = EncodedOutcome(
+            State.FAILED if self.state is State.FAILED else State.COMPLETED,
+            self.outcome,
+            self.codec,
+            self.not_kept,
+            self.error_type,
+            self.error_message,
+        )
+        left = max(self.expires_at - now, 0.0)
+        return Finished(outcome, self.fingerprint, left, self.fencing_token, self.traceparent)
+
+    def as_record(self, now: float) -> Record:
+        overdue = self.state is State.RUNNING and not self.is_held(now)
+        return Record(
+            scope=self.scope,
+            key=self.key,
+            state=self.state,
+            fencing_token=self.fencing_token,
+            owner=self.owner,
+            fingerprint=self.fingerprint,
+            attempts=self.attempts,
+            failures=self.failures,
+            crashes=self.crashes,
+            generation=self.generation,
+            lease_expires_at=_datetime(self.lease_expires_at),
+            outcome=self.outcome,
+            codec=self.codec,
+            not_kept=self.not_kept,
+            error_type=self.error_type,
+            error_message=self.error_message,
+            holder=self.holder,
+            created_at=_datetime(self.created_at),
+            updated_at=_datetime(self.updated_at),
+            completed_at=None if self.completed_at is None else _datetime(self.completed_at),
+            expires_at=_datetime(self.expires_at),
+            attention="overdue" if overdue else self.attention,
+            traceparent=self.traceparent,
+        )
+
+
+class MemoryStore:
+    """Keeps records in this process's memory: gone when it ends, and unknown to every other process.
+
+    Serves both runtimes, any number of threads and event loops at once; nothing ever waits. One lock makes each
+    verb one step; it is never held across an await. Memory is bounded: records whose retention is over are dropped
+    when the number of records has doubled since the last such sweep, and not below 1,000; those in doubt or parked
+    stay until a person ends them.
+
+    `clock` returns seconds since the epoch and may be given to move time in tests; it is the only clock that
+    decides about leases and retention.
+    """
+
+    runtimes: frozenset[RuntimeName] = frozenset({"blocking", "asyncio"})
+
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self._clock = time.time if clock is None else clock
+        self._lock = threading.Lock()
+        self._rows: dict[tuple[str, str], _Row] = {}
+        self._last_token = 0
+        self._sweep_at = _SWEEP_FLOOR
+
+    def on(self, runtime: RuntimeName, announce: Announcer) -> MemoryStore:
+        """Return this very store: memory is the same for both runtimes."""
+        return self
+
+    async def claim(self, request: ClaimRequest) -> ClaimAnswer:
+        """Claim the record, or tell why not. Raises nothing."""
+        with self._lock:
+            now = self._clock()
+            row = self._rows.get((request.scope, request.key))
+            if row is None:
+                self._sweep(now)
+                row = self._rows[request.scope, request.key] = _Row(request.scope, request.key, now, now)
+                return self._grant(row, request, now)
+            if row.retention_is_over(now):
+                self._begin_generation(row, now)
+                return self._grant(row, request, now)
+            match row.state:
+                case State.COMPLETED | State.FAILED:
+                    return row.as_finished(now)
+                case State.RELEASED:
+                    return self._grant(row, request, now)
+                case State.IN_DOUBT:
+                    return InDoubt()
+                case State.PARKED:
+                    return Parked(row.crashes, row.failures)
+                case State.RUNNING if row.owner == request.owner:
+                    # Granted before, and the answer did not arrive (F21).
+                    row.lease_expires_at = now + request.policy.lease
+                    return Granted(row.lease_to(request))
+                case State.RUNNING if row.is_held(now):
+                    return InProgress(row.lease_expires_at - now)
+                case State.RUNNING:
+                    return self._take_over(row, request, now)
+
+    def _take_over(self, row: _Row, request: ClaimRequest, now: float) -> ClaimAnswer:
+        """The holder's lease ran out: it crashed, as far as anybody can know.
+
+        In doubt and parked keep the dead claim's token and owner, so that its late finish still tells the truth.
+        """
+        row.crashes += 1
+        row.updated_at = now
+        limit = request.policy.max_crashes
+        if limit is not None and row.crashes > limit:
+            row.state = State.PARKED
+            row.attention = "parked"
+            return Parked(row.crashes, row.failures, new=True)
+        if request.policy.on_crash == "hold":
+            row.state = State.IN_DOUBT
+            row.attention = "in_doubt"
+            return InDoubt(new=True)
+        return self._grant(row, request, now, taken_over=True)
+
+    def _grant(self, row: _Row, request: ClaimRequest, now: float, taken_over: bool = False) -> Granted:
+        policy = request.policy
+        row.fencing_token = self._next_token(now)
+        row.owner = request.owner
+        row.fingerprint = request.fingerprint
+        row.attempts += 1
+        row.lease_expires_at = now + policy.lease
+        row.expires_at = now + policy.max_hold + policy.retention
+        row.holder = request.holder
+        row.traceparent = request.traceparent
+        row.updated_at = now
+        row.attention = None
+        row.state = State.RUNNING
+        return Granted(
+            Lease(
+                request,
+                row.fencing_token,
+                attempts=row.attempts,
+                failures=row.failures,
+                crashes=row.crashes,
+                generation=row.generation,
+                taken_over=taken_over,
+            )
+        )
+
+    def _begin_generation(self, row: _Row, now: float) -> None:
+        row.generation += 1
+        row.attempts = row.failures = row.crashes = 0
+        row.outcome = row.codec = row.not_kept = row.error_type = row.error_message = None
+        row.created_at = now
+        row.completed_at = None
+
+    def _next_token(self, now: float) -> int:
+        """Rise over every token ever given, also when the record was deleted or the clock stepped back (F10)."""
+        self._last_token = max(self._last_token + 1, int(now * 1_000_000))
+        return self._last_token
+
+    async def renew(self, leases: Sequence[Lease], still_held: Callable[[str], bool]) -> frozenset[str]:
+        """Extend these leases by their policy's `lease` from now; return the owners of those extended.
+
+        `still_held` is not asked: a finish is one step here, so a claim is before or after it, never in it.
+        """
+        renewed = set()
+        with self._lock:
+            now = self._clock()
+            for lease in leases:
+                row = self._rows.get((lease.scope, lease.key))
+                if row and row.state is State.RUNNING and row.obeys(lease.owner, lease.fencing_token):
+                    row.lease_expires_at = now + lease.policy.lease
+                    row.updated_at = now
+                    renewed.add(lease.owner)
+        return frozenset(renewed)
+
+    async def finish(
+        self, lease: Lease, outcome: EncodedOutcome, *, may_insert: bool = False
+    ) -> Recorded | Finished | Lost:
+        """Record the outcome under this lease's fence; with `may_insert` also where the record has vanished."""
+        with self._lock:
+            now = self._clock()
+            row = self._rows.get((lease.scope, lease.key))
+            if row is None and may_insert:
+                row = self._rows[lease.scope, lease.key] = _vanished(lease, now)
+            if row is None:
+                return Lost()
+            if row.obeys(lease.owner, lease.fencing_token):
+                if row.state in _FENCED:
+                    row.record_outcome(outcome, now, lease.policy.retention)
+                if row.state in _ENDED:
+                    return Recorded()
+            return row.as_finished(now) if row.state in _ENDED else Lost()
+
+    async def keep_pending(self, lease: Lease, outcome: EncodedOutcome) -> bool:
+        """Return False: memory that cannot be reached has no second place."""
+        return False
+
+    async def release(self, lease: Lease, release: Release) -> Released | Finished | Lost:
+        """Give the claim up without an outcome, under the same fence as `finish`."""
+        with self._lock:
+            now = self._clock()
+            row = self._rows.get((lease.scope, lease.key))
+            if row is None:
+                return Lost()
+            if row.state in _ENDED:
+                return row.as_finished(now)
+            if not row.obeys(lease.owner, lease.fencing_token):
+                return Lost()
+            if row.state in _FENCED:
+                self._give_up(row, release, lease.policy.max_attempts, now)
+            return Released(row.state)
+
+    def _give_up(self, row: _Row, release: Release, max_attempts: int | None, now: float) -> None:
+        # A record put in doubt under our fence may be our own release, whose answer did not arrive: count it once.
+        if release.failed and row.state is State.RUNNING:
+            row.failures += 1
+        row.error_type = release.error_type
+        row.error_message = _shortened(release.error_message)
+        row.lease_expires_at = row.updated_at = now
+        if release.in_doubt:
+            row.state = State.IN_DOUBT
+            row.attention = "in_doubt"
+        elif release.failed and max_attempts is not None and row.failures >= max_attempts:
+            row.state = State.PARKED
+            row.attention = "parked"
+        else:
+            row.state = State.RELEASED
+            row.attention = None
+
+    async def write_through(self, scope: str, key: str, pending: MarkerPending, retention: float) -> bool:
+        """Record a pending outcome under the fence of the claim that made it; never inserts."""
+        with self._lock:
+            row = self._rows.get((scope, key))
+            if row is None or not row.obeys(pending.owner, pending.fencing_token):
+                return False
+            if row.state in _FENCED:
+                row.record_outcome(pending.outcome, self._clock(), retention)
+            return row.state in _ENDED
+
+    async def get(self, scope: str, key: str) -> Record | None:
+        """Return the record, or None."""
+        with self._lock:
+            row = self._rows.get((scope, key))
+            return None if row is None else row.as_record(self._clock())
+
+    async def forget(self, scope: str, key: str) -> bool:
+        """Delete the record; returns whether there was one. Raises `InProgressError` while its lease lives."""
+        with self._lock:
+            row = self._rows.get((scope, key))
+            if row is None:
+                return False
+            self._refuse_if_held(row, self._clock())
+            del self._rows[scope, key]
+            return True
+
+    async def resolve(self, scope: str, key: str, outcome: EncodedOutcome | None) -> Record | None:
+        """End `in_doubt`, `parked` or an overdue `running`: by this outcome, or (None) by releasing it.
+
+        The outcome is kept for at least the retention of the last claim. Raises `InProgressError` while a holder's
+        lease lives, and `ConflictError` for a record that has ended or was released already.
+        """
+        with self._lock:
+            now = self._clock()
+            row = self._rows.get((scope, key))
+            if row is None:
+                return None
+            self._refuse_if_held(row, now)
+            if row.state in _PURGEABLE:
+                raise ConflictError(f"{scope} {key!r} is {row.state.value} already", scope=scope, key=key)
+            row.owner = new_owner()
+            row.fencing_token = self._next_token(now)
+            row.lease_expires_at = row.updated_at = now
+            if outcome is None:
+                row.state = State.RELEASED
+                row.attention = None
+            else:
+                row.record_outcome(outcome, now, retention=row.expires_at - row.created_at)
+            return row.as_record(now)
+
+    def _refuse_if_held(self, row: _Row, now: float) -> None:
+        if row.is_held(now):
+            raise InProgressError(scope=row.scope, key=row.key, retry_after=row.lease_expires_at - now)
+
+    async def records(
+        self, *, state: State | None, scope: str | None, after: tuple[str, str] | None, limit: int
+    ) -> list[Record]:
+        """Return up to `limit` records in the order of scope and key, beginning after the given one."""
+        with self._lock:
+            now = self._clock()
+            chosen = sorted(
+                place
+                for place, row in self._rows.items()
+                if (state is None or row.state is state)
+                and (scope is None or row.scope == scope)
+                and (after is None or place > after)
+            )
+            return [self._rows[place].as_record(now) for place in chosen[:limit]]
+
+    async def stats(self) -> dict[State, int]:
+        """Return how many records there are in each state."""
+        with self._lock:
+            counts = dict.fromkeys(State, 0)
+            for row in self._rows.values():
+                counts[row.state] += 1
+            return counts
+
+    async def purge(self, *, limit: int, grace: float) -> list[tuple[str, str]]:
+        """Delete up to `limit` records whose retention ended over `grace` seconds ago; return their scope and key."""
+        with self._lock:
+            before = self._clock() - grace
+            over = (place for place, row in self._rows.items() if row.retention_is_over(before))
+            purged = list(islice(over, limit))
+            for place in purged:
+                del self._rows[place]
+            return purged
+
+    def _sweep(self, now: float) -> None:
+        """Drop what is over, whenever there are twice as many records as after the last sweep."""
+        if len(self._rows) < self._sweep_at:
+            return
+        self._rows = {place: row for place, row in self._rows.items() if not row.retention_is_over(now)}
+        self._sweep_at = max(_SWEEP_FLOOR, 2 * len(self._rows))
+
+    async def prepare(self) -> None:
+        """Do nothing: there is nothing to make."""
+
+    async def close(self) -> None:
+        """Do nothing: there are no connections, and the records stay."""
+
+
+def _vanished(lease: Lease, now: float) -> _Row:
+    """The row of a claim that was lost with the database's last moments, as it stood."""
+    return _Row(
+        lease.scope,
+        lease.key,
+        created_at=now,
+        updated_at=now,
+        fencing_token=lease.fencing_token,
+        owner=lease.owner,
+        fingerprint=lease.request.fingerprint,
+        attempts=lease.attempts,
+        failures=lease.failures,
+        crashes=lease.crashes,
+        generation=lease.generation,
+        holder=lease.request.holder,
+        traceparent=lease.request.traceparent,
+    )
+
+
+def _shortened(message: str | None) -> str | None:
+    return message if message is None else message[:_MESSAGE_LIMIT]
+
+
+def _datetime(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
