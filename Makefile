@@ -1,0 +1,16 @@
+.PHONY: help demo test check services
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
+
+demo: ## kill a worker in mid-charge and count the charges; needs no server
+	@sh scripts/demo
+
+test: ## all tests; what this machine has no server for is skipped and named
+	@sh scripts/test
+
+check: ## format, lint, types, imports, the documents' examples
+	@sh scripts/check
+
+services: ## get the servers that the tests need
+	@sh scripts/services
