@@ -1,0 +1,51 @@
+"""One delivery of a message on its way through the story, and what it needs on that way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from idem_tasks.claims import ClaimRequest
+from idem_tasks.events import Announcer, EventName
+from idem_tasks.heartbeat import Heartbeat
+from idem_tasks.hosts import Host
+from idem_tasks.outcomes import Codec, OutcomeContext
+from idem_tasks.policy import Policy
+from idem_tasks.runtime import Runtime
+from idem_tasks.stores.base import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """An `Idempotency` as one runtime uses it."""
+
+    store: Store
+    heartbeat: Heartbeat
+    announce: Announcer
+    codec: Codec
+    runtime: Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One delivery: what was asked for, with whose services, for which return type, inside which framework."""
+
+    request: ClaimRequest
+    services: Services
+    return_type: Callable[[], Any]
+    host: Host | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of the handler."""
+        return self.request.policy
+
+    @property
+    def context(self) -> OutcomeContext:
+        """What an encoded outcome is bound to."""
+        return OutcomeContext(self.request.scope, self.request.key, self.request.fingerprint)
+
+    def announce(self, name: EventName, **details: Any) -> None:
+        """Tell the observers what happened to this key."""
+        self.services.announce(name, self.request.scope, self.request.key, **details)

@@ -1,0 +1,72 @@
+"""`configure`: the process-wide `Idempotency`, from its arguments or from IDEM_TASKS_* in the environment."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Unpack
+
+from idem_tasks.errors import ConfigurationError
+from idem_tasks.policy import Policy, PolicyFields
+
+if TYPE_CHECKING:
+    from idem_tasks.events import Observer
+    from idem_tasks.idempotency import Idempotency
+    from idem_tasks.outcomes import Codec
+    from idem_tasks.stores.base import Store
+
+DEFAULT_DATABASE_URL = "sqlite:///idem_tasks.db"
+"""Where records are kept when nothing else is said: a file in the working directory."""
+
+_lock = threading.RLock()
+_default: Idempotency | None = None
+
+
+def configure(
+    *,
+    database_url: str | None = None,
+    redis_url: str | None = None,
+    create_schema: bool | None = None,
+    store: Store | None = None,
+    policy: Policy | None = None,
+    codec: Codec | None = None,
+    observers: Sequence[Observer] | None = None,
+    **fields: Unpack[PolicyFields],
+) -> Idempotency:
+    """Make the `Idempotency` that every decorated handler of this process uses unless it was given its own.
+
+    Without arguments IDEM_TASKS_DATABASE_URL and IDEM_TASKS_REDIS_URL are read; without those either it is the
+    SQLite file `idem_tasks.db`. Nothing is connected yet. An earlier one is replaced, not closed: handlers may be
+    running under it. Raises `ConfigurationError`.
+    """
+    global _default  # noqa: PLW0603 - the one process-wide default is this module's purpose
+    from idem_tasks.idempotency import Idempotency
+
+    chosen = (policy or Policy()).replace(**fields)
+    options: dict[str, Any] = {"policy": chosen, "codec": codec, "observers": observers}
+    if store is not None:
+        if database_url or redis_url or create_schema is not None:
+            raise ConfigurationError("configure takes either store= or URLs, not both")
+        made = Idempotency(store=store, **options)
+    else:
+        made = Idempotency.from_urls(
+            database_url=database_url, redis_url=redis_url, create_schema=create_schema, **options
+        )
+    with _lock:
+        _default = made
+    return made
+
+
+def default_idempotency() -> Idempotency:
+    """Return what `configure` made; make it from the environment at the first use if nobody called that."""
+    if _default is not None:
+        return _default
+    with _lock:
+        present = _default  # read again: another thread may have been here meanwhile
+        return configure() if present is None else present
+
+
+def urls_from_environment() -> tuple[str | None, str | None]:
+    """Return IDEM_TASKS_DATABASE_URL and IDEM_TASKS_REDIS_URL; None for what is not set."""
+    return os.environ.get("IDEM_TASKS_DATABASE_URL") or None, os.environ.get("IDEM_TASKS_REDIS_URL") or None

@@ -1,0 +1,243 @@
+"""`@idempotent_task`: puts the story (`task.py`) around a handler, once, and keeps what it needs for every call."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, cast
+
+from idem_tasks import config, hosts
+from idem_tasks.call import Call
+from idem_tasks.claims import ClaimRequest, Record, new_owner, process_name
+from idem_tasks.errors import ConfigurationError, InvalidKeyError
+from idem_tasks.hosts import Host
+from idem_tasks.keys import CallKey, KeyPlan
+from idem_tasks.outcomes import ReturnType
+from idem_tasks.policy import Policy, PolicyFields
+from idem_tasks.runtime import HandlerStopIteration, run_sync
+from idem_tasks.stores.base import RuntimeName
+from idem_tasks.task import perform
+
+if TYPE_CHECKING:
+    from idem_tasks.idempotency import Idempotency
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def idempotent_task(
+    *,
+    key: str | Callable[..., object],
+    scope: str | Callable[..., object] | None = None,
+    fingerprint: str | Sequence[str] | Callable[..., object] | None = "arguments",
+    idempotency: Idempotency | None = None,
+    policy: Policy | None = None,
+    **fields: Unpack[PolicyFields],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function or coroutine function run its effects once for each key.
+
+    `key` is a template over the handler's own parameters (`"{order_id}"`, `"{order.id}"`, `"{event[id]}"`) or a
+    callable that is given the same arguments. `scope` is the Celery task's name, else `module.qualname`; name it
+    yourself and the function may be renamed. `fingerprint` says which arguments must be the same whenever the key
+    is. `idempotency` defaults to what `configure` made. All other keywords are fields of `Policy`.
+
+    With Celery it goes under `@app.task`. Raises `ConfigurationError` at decoration for whatever can be known then.
+    """
+    (policy or Policy()).replace(**fields)  # so that a wrong field is an error here, not at the first call
+
+    def decorate(handler: Callable[P, R]) -> Callable[P, R]:
+        hosts.refuse_wrong_order(handler)
+        asynchronous = _is_asynchronous(handler)
+        runtime: RuntimeName = "asyncio" if asynchronous else "blocking"
+        if idempotency is not None:
+            idempotency.check_runtime(runtime)
+            idempotency.codec.check(ReturnType(handler).early())
+        plan = KeyPlan(handler, key=key, scope=scope, fingerprint=fingerprint)
+        task = IdempotentFunction(handler, plan, runtime, idempotency, policy, fields)
+        wrapper: Any = _asyncio_wrapper(task) if asynchronous else _blocking_wrapper(task)
+        # Celery reads the parameters to check a call before it is published; `wraps` alone would show it (*args).
+        wrapper.__signature__ = inspect.signature(handler)
+        wrapper.idempotency = task
+        return cast(Callable[P, R], wrapper)
+
+    return decorate
+
+
+def _is_asynchronous(handler: Callable[..., Any]) -> bool:
+    """Recognise a coroutine function, also behind partials and wrappers; refuse what cannot be a handler."""
+    if isinstance(handler, type) or not callable(handler):
+        raise ConfigurationError(f"idempotent_task decorates functions and methods, not {type(handler).__name__}")
+    function = handler
+    while isinstance(function, functools.partial):
+        function = function.func
+    candidates = {id(found): found for found in (function, inspect.unwrap(function))}
+    if not inspect.isroutine(function):
+        candidates[id(function)] = type(function).__call__
+    for found in candidates.values():
+        if inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
+            raise ConfigurationError(
+                f"{getattr(function, '__qualname__', function)} is a generator function: calling it runs nothing yet, "
+                "so there is no outcome to record; decorate a function that returns a value"
+            )
+    return any(inspect.iscoroutinefunction(found) for found in candidates.values())
+
+
+def _blocking_wrapper(task: IdempotentFunction) -> Callable[..., Any]:
+    @functools.wraps(task.function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        host = hosts.find(wrapper)
+        try:
+            return run_sync(perform(task.call(args, kwargs, host), task.function, args, kwargs))
+        except HandlerStopIteration as carrier:
+            raise carrier.error from None
+        except BaseException as error:
+            settled = error if host is None else host.settle(error)
+            if settled is error:
+                raise
+            raise settled from error
+
+    return wrapper
+
+
+def _asyncio_wrapper(task: IdempotentFunction) -> Callable[..., Coroutine[Any, Any, Any]]:
+    @functools.wraps(task.function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return await perform(task.call(args, kwargs, None), task.function, args, kwargs)
+
+    return wrapper
+
+
+class IdempotentFunction:
+    """What is known of one decorated handler: `charge.idempotency`, or `idempotency_of(charge)` for a Celery task."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        plan: KeyPlan,
+        runtime: RuntimeName,
+        idempotency: Idempotency | None,
+        policy: Policy | None,
+        fields: Mapping[str, Any],
+    ) -> None:
+        self.function = function
+        """The bare handler, without any protection."""
+        self._plan = plan
+        self._runtime = runtime
+        self._idempotency = idempotency
+        self._policy = policy
+        self._fields = fields
+        self._return_type = ReturnType(function)
+        self._resolved: tuple[Idempotency, Policy] | None = None
+
+    @property
+    def idempotency(self) -> Idempotency:
+        """The `Idempotency` that it uses: its own, or the process-wide one."""
+        return self._resolve()[0]
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force: the decorator's fields over those of `policy=` or of its `Idempotency`."""
+        return self._resolve()[1]
+
+    def _resolve(self) -> tuple[Idempotency, Policy]:
+        idempotency = self._idempotency or config.default_idempotency()
+        resolved = self._resolved
+        if resolved is None or resolved[0] is not idempotency:
+            policy = (self._policy or idempotency.policy).replace(**self._fields)
+            if policy.on_duplicate != "skip":
+                idempotency.codec.check(self._return_type.resolve())
+            resolved = self._resolved = (idempotency, policy)
+        return resolved
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], host: Host | None) -> Call:
+        """Step 0: freeze scope, key and fingerprint of one delivery, before the handler can change its arguments."""
+        idempotency, policy = self._resolve()
+        scope, framework_argument, holder = None, False, process_name()
+        if host is not None:
+            scope, framework_argument = host.scope, host.framework_argument
+            holder = f"{holder} {host.message}"
+        try:
+            made = self._plan.of(args, kwargs, default_scope=scope, framework_argument=framework_argument)
+        except InvalidKeyError:
+            if policy.active:
+                raise
+            made = CallKey("", "", None)
+        request = ClaimRequest(
+            scope=made.scope,
+            key=made.key,
+            fingerprint=made.fingerprint,
+            owner=new_owner(),
+            policy=policy,
+            holder=holder,
+        )
+        return Call(request, idempotency.services(self._runtime), self._return_type.resolve, host)
+
+    def key_for(self, *args: Any, **kwargs: Any) -> str:
+        """Return the idempotency key that a call with these arguments has."""
+        return self._key(args, kwargs).key
+
+    def scope_for(self, *args: Any, **kwargs: Any) -> str:
+        """Return the scope that a call with these arguments has."""
+        return self._key(args, kwargs).scope
+
+    def lookup(self, *args: Any, **kwargs: Any) -> Record | None:
+        """Return the record of a call with these arguments, or None."""
+        made = self._key(args, kwargs)
+        return self.idempotency.get(made.scope, made.key)
+
+    def forget(self, *args: Any, **kwargs: Any) -> bool:
+        """Delete the record of a call with these arguments, so that its next delivery runs; False if there is none."""
+        made = self._key(args, kwargs)
+        return self.idempotency.forget(made.scope, made.key)
+
+    def _key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallKey:
+        return self._plan.of(args, kwargs)
+
+    def of_task(self, name: str, *, bound: bool) -> IdempotentFunction:
+        """Return the same for the framework's task of this name; `bound`: its handler gets the task itself first."""
+        return _OfTask(self, name, bound)
+
+
+class _OfTask(IdempotentFunction):
+    """A handler as a framework's task knows it: under the task's name, called without the task itself."""
+
+    def __init__(self, function: IdempotentFunction, name: str, bound: bool) -> None:
+        self.__dict__.update(function.__dict__)
+        self._name = name
+        self._bound = bound
+
+    def _key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallKey:
+        own = (None, *args) if self._bound else args
+        return self._plan.of(own, kwargs, default_scope=self._name, framework_argument=self._bound)
+
+
+def idempotency_of(task: Any) -> IdempotentFunction:
+    """Return what is known of a decorated function or method, or of the Celery task made of one.
+
+    Raises `ConfigurationError` for anything else.
+    """
+    found = _find(task)
+    if found is not None:
+        return found
+    for attribute in ("_orig_run", "run"):
+        run = getattr(task, attribute, None)
+        found = _find(run)
+        if found is not None:
+            return found.of_task(task.name, bound=getattr(run, "__self__", None) is not None)
+    raise ConfigurationError(f"{task!r} is not decorated with @idempotent_task")
+
+
+def _find(function: Any) -> IdempotentFunction | None:
+    """Look for the decorator's mark on a function, and on what it wraps."""
+    for _ in range(_MAX_WRAPPERS):
+        marked = getattr(function, "__dict__", {}).get("idempotency")
+        if isinstance(marked, IdempotentFunction):
+            return marked
+        function = getattr(function, "__func__", None) or getattr(function, "__dict__", {}).get("__wrapped__")
+        if function is None:
+            return None
+    return None
+
+
+_MAX_WRAPPERS = 50

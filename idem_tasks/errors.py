@@ -1,0 +1,164 @@
+"""Every error this library raises, under one root.
+
+::
+
+    IdemTasksError
+    ├── ConfigurationError (ValueError)      at decoration or start
+    │   └── MissingExtraError (ImportError)  names the extra to install
+    ├── InvalidKeyError (ValueError)         no usable key or fingerprint; nothing ran
+    ├── ConflictError                        another delivery of the same key
+    │   ├── InProgressError                  runs right now; retry after a delay
+    │   ├── FingerprintMismatchError         same key, other arguments
+    │   ├── DuplicateError                   finished before; policy on_duplicate="raise"
+    │   └── LeaseLostError                   this claim was taken over while its handler ran
+    ├── InDoubtError                         a person has to say whether the effect happened
+    ├── ParkedError                          too many crashes or failures; a person has to look
+    ├── OutcomeError                         an outcome that cannot be encoded, decoded or was not kept
+    ├── ReplayedFailureError                 the recorded failure of an earlier delivery
+    └── StoreError                           Redis or SQL answered with an error
+        └── StoreUnavailableError            Redis or SQL cannot be reached; retry
+
+Messages name the scope and key, never arguments, outcomes or secrets. All errors survive pickle,
+because Celery sends them between processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class IdemTasksError(Exception):
+    """Root of all errors of this library."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _restore, (type(self), self.args, self.__dict__.copy())
+
+
+def _restore(cls: type[IdemTasksError], args: tuple[Any, ...], fields: dict[str, Any]) -> IdemTasksError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
+
+
+class ConfigurationError(IdemTasksError, ValueError):
+    """The set-up is wrong; raised at decoration, at start or at the first call, before any effect."""
+
+
+class MissingExtraError(ConfigurationError, ImportError):
+    """An optional dependency is not installed; `extra` is what to install."""
+
+    def __init__(self, *, package: str, extra: str) -> None:
+        self.package = package
+        self.extra = extra
+        super().__init__(f"{package} is not installed; run: pip install 'idem-tasks[{extra}]'")
+
+
+class InvalidKeyError(IdemTasksError, ValueError):
+    """A call has no usable idempotency key, scope or fingerprint; nothing was claimed and nothing ran."""
+
+
+class ConflictError(IdemTasksError):
+    """Another delivery of the same scope and key stands in the way."""
+
+    def __init__(self, message: str, *, scope: str, key: str) -> None:
+        self.scope = scope
+        self.key = key
+        super().__init__(message)
+
+
+class InProgressError(ConflictError):
+    """The same key runs elsewhere right now; `retry_after` (seconds) is what is left of its lease."""
+
+    def __init__(self, *, scope: str, key: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(
+            f"{scope} {key!r} is being handled by another delivery; try again in {retry_after:.1f} s",
+            scope=scope,
+            key=key,
+        )
+
+
+class FingerprintMismatchError(ConflictError):
+    """The key was used before with other arguments; `changed` names them where that is known."""
+
+    def __init__(self, *, scope: str, key: str, changed: Sequence[str] = ()) -> None:
+        self.changed = tuple(changed)
+        differing = f" ({', '.join(self.changed)})" if self.changed else ""
+        super().__init__(
+            f"{scope} {key!r} was used before with other arguments{differing}; "
+            "use another key for another operation, or exclude what may differ with fingerprint=[...]",
+            scope=scope,
+            key=key,
+        )
+
+
+class DuplicateError(ConflictError):
+    """The key is finished and the policy is on_duplicate="raise"; `outcome` is the recorded value."""
+
+    def __init__(self, *, scope: str, key: str, outcome: Any = None) -> None:
+        self.outcome = outcome
+        super().__init__(f"{scope} {key!r} was handled before", scope=scope, key=key)
+
+
+class LeaseLostError(ConflictError):
+    """The claim was taken over while its handler ran, and no outcome is recorded yet.
+
+    The effects of this handler may have happened. The message must be delivered again, not acknowledged.
+    """
+
+    def __init__(self, *, scope: str, key: str, fencing_token: int) -> None:
+        self.fencing_token = fencing_token
+        super().__init__(
+            f"{scope} {key!r}: the claim with fencing token {fencing_token} was lost while its handler ran",
+            scope=scope,
+            key=key,
+        )
+
+
+class InDoubtError(IdemTasksError):
+    """A handler died or failed in mid-run under on_crash="hold": whether its effect happened is unknown."""
+
+    def __init__(self, *, scope: str, key: str) -> None:
+        self.scope = scope
+        self.key = key
+        super().__init__(
+            f"{scope} {key!r} is in doubt: an earlier delivery ended in mid-run, so it is not run again; "
+            "find out whether its effect happened, then call Idempotency.resolve(scope, key, outcome=... or rerun=True)"
+        )
+
+
+class ParkedError(IdemTasksError):
+    """Too many crashes (`max_crashes`) or failures (`max_attempts`): the record waits for a person."""
+
+    def __init__(self, *, scope: str, key: str, crashes: int = 0, failures: int = 0) -> None:
+        self.scope = scope
+        self.key = key
+        self.crashes = crashes
+        self.failures = failures
+        super().__init__(
+            f"{scope} {key!r} is parked after {crashes} crashes and {failures} failures; "
+            "when the cause is mended, call Idempotency.resolve(scope, key, rerun=True)"
+        )
+
+
+class OutcomeError(IdemTasksError):
+    """An outcome could not be encoded or decoded, or was not kept. The handler is not run again."""
+
+
+class ReplayedFailureError(IdemTasksError):
+    """The recorded failure of an earlier delivery, whose own type cannot be rebuilt safely."""
+
+    def __init__(self, *, error_type: str, error_message: str) -> None:
+        self.error_type = error_type
+        self.error_message = error_message
+        super().__init__(f"{error_type}: {error_message}")
+
+
+class StoreError(IdemTasksError):
+    """Redis or the database answered with an error; the client's own error is `__cause__`."""
+
+
+class StoreUnavailableError(StoreError):
+    """Redis or the database cannot be reached now; the message is to be delivered again."""

@@ -1,0 +1,354 @@
+"""`Idempotency`: a store, a policy, a codec and observers in one object; `run`, `claim` and the verbs for people."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from idem_tasks import config
+from idem_tasks.block import AsyncClaimBlock, ClaimBlock
+from idem_tasks.call import Call, Services
+from idem_tasks.claims import ClaimRequest, EncodedOutcome, Record, State, new_owner, process_name
+from idem_tasks.errors import ConfigurationError
+from idem_tasks.events import Announcer, Observer, log_event
+from idem_tasks.heartbeat import Heartbeat, LoopHeartbeat, ThreadHeartbeat
+from idem_tasks.keys import check_key, check_scope, fingerprint_of
+from idem_tasks.outcomes import UNANNOTATED, Codec, JsonCodec, OutcomeContext, ReturnType
+from idem_tasks.policy import Policy, PolicyFields
+from idem_tasks.runtime import Asyncio, Blocking, HandlerStopIteration, run_sync
+from idem_tasks.stores import store_from_urls
+from idem_tasks.stores.base import RuntimeName, Store
+from idem_tasks.task import perform
+
+T = TypeVar("T")
+
+
+class _Arguments:
+    """The default of `fingerprint=` in `run`: all arguments."""
+
+    def __repr__(self) -> str:
+        return "<all arguments>"
+
+
+_ARGUMENTS = _Arguments()
+_UNKNOWN: Any = object()
+_PAGE = 500
+"""Records read at once by `records`."""
+
+
+class Idempotency:
+    """Runs handlers once for each key, and shows what is recorded.
+
+    It connects at its first use: per process for blocking calls, per event loop for asyncio. It may be made before
+    a fork and used on both sides.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+        observers: Sequence[Observer] | None = None,
+    ) -> None:
+        """`observers` hear of every event; the default logs them, and a list given here replaces it."""
+        self.store = store
+        self.policy = policy or Policy()
+        self.codec: Codec = codec or JsonCodec()
+        self._announce = Announcer((log_event,) if observers is None else observers)
+        self._lock = threading.Lock()
+        self._blocking: Services | None = None
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Services] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def from_urls(
+        cls,
+        *,
+        database_url: str | None = None,
+        redis_url: str | None = None,
+        create_schema: bool | None = None,
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+        observers: Sequence[Observer] | None = None,
+        **fields: Unpack[PolicyFields],
+    ) -> Self:
+        """Make one from URLs: both for the two tiers, or one alone.
+
+        Neither: IDEM_TASKS_DATABASE_URL and IDEM_TASKS_REDIS_URL, else the SQLite file `idem_tasks.db`.
+        `create_schema`: None makes the tables on first use on SQLite and leaves a server's to
+        `idem-tasks init-db`; True makes them on first use everywhere. Raises `ConfigurationError`.
+        """
+        if database_url is None and redis_url is None:
+            database_url, redis_url = config.urls_from_environment()
+            if database_url is None and redis_url is None:
+                database_url = config.DEFAULT_DATABASE_URL
+        store = store_from_urls(database_url, redis_url, create_schema=create_schema)
+        return cls(store=store, policy=(policy or Policy()).replace(**fields), codec=codec, observers=observers)
+
+    # Handlers
+
+    def run(
+        self,
+        handler: Callable[..., T],
+        /,
+        *args: Any,
+        scope: str,
+        key: object,
+        fingerprint: Any = _ARGUMENTS,
+        policy: Policy | None = None,
+        **kwargs: Any,
+    ) -> T:
+        """Call `handler(*args, **kwargs)` once for this scope and key, and return the outcome.
+
+        `fingerprint` is whatever has to be the same when the key is; the default is all arguments, None is no
+        check. Raises as a decorated handler does (`task.perform`).
+        """
+        call = self._call(handler, args, kwargs, scope, key, fingerprint, policy, "blocking")
+        try:
+            value: T = run_sync(perform(call, handler, args, kwargs))
+        except HandlerStopIteration as carrier:
+            raise carrier.error from None
+        return value
+
+    async def arun(
+        self,
+        handler: Callable[..., Awaitable[T]],
+        /,
+        *args: Any,
+        scope: str,
+        key: object,
+        fingerprint: Any = _ARGUMENTS,
+        policy: Policy | None = None,
+        **kwargs: Any,
+    ) -> T:
+        """Await `handler(*args, **kwargs)` once for this scope and key, and return the outcome; see `run`."""
+        call = self._call(handler, args, kwargs, scope, key, fingerprint, policy, "asyncio")
+        value: T = await perform(call, handler, args, kwargs)
+        return value
+
+    def claim(
+        self,
+        *,
+        scope: str,
+        key: object,
+        fingerprint: Any = None,
+        outcome_type: Any = UNANNOTATED,
+        policy: Policy | None = None,
+        **fields: Unpack[PolicyFields],
+    ) -> ClaimBlock:
+        """Claim a key for a `with` block: `claim.replayed`, `claim.complete(value)`, `claim.outcome`.
+
+        `fingerprint` is any data that has to be the same when the key is; `outcome_type` is what an annotation is
+        for a handler. A block that raises before `complete` releases the claim; one that ends without `complete`
+        is completed with None.
+        """
+        request = self._request(scope, key, fingerprint, self._policy(policy, fields))
+        return ClaimBlock(Call(request, self.services("blocking"), lambda: outcome_type))
+
+    def aclaim(
+        self,
+        *,
+        scope: str,
+        key: object,
+        fingerprint: Any = None,
+        outcome_type: Any = UNANNOTATED,
+        policy: Policy | None = None,
+        **fields: Unpack[PolicyFields],
+    ) -> AsyncClaimBlock:
+        """Claim a key for an `async with` block; `await claim.complete(value)`. See `claim`."""
+        request = self._request(scope, key, fingerprint, self._policy(policy, fields))
+        return AsyncClaimBlock(lambda: Call(request, self.services("asyncio"), lambda: outcome_type))
+
+    # For people
+
+    def get(self, scope: str, key: object) -> Record | None:
+        """Return the record, or None."""
+        return run_sync(self._store().get(check_scope(scope, stored=True), check_key(key, stored=True)))
+
+    def forget(self, scope: str, key: object) -> bool:
+        """Delete a record and its marker, so that the next delivery runs; returns whether there was one.
+
+        Raises `InProgressError` while it runs.
+        """
+        return run_sync(self._store().forget(check_scope(scope, stored=True), check_key(key, stored=True)))
+
+    def resolve(self, scope: str, key: object, *, outcome: Any = _UNKNOWN, rerun: bool = False) -> Record | None:
+        """End a record that is in doubt, parked or overdue: with this outcome, or (`rerun`) by letting it run again.
+
+        `rerun=True` gives up "at most once" for this key, and sends nothing: the message was acknowledged, so send
+        it again. Returns the record as it is then, or None if there is none. Raises `InProgressError` while it
+        runs, `ConflictError` if it has ended, `OutcomeError` for an outcome that cannot be encoded.
+        """
+        return run_sync(self._resolve(self._store(), scope, key, outcome, rerun))
+
+    def records(self, *, state: State | str | None = None, scope: str | None = None) -> Iterator[Record]:
+        """Yield records in the order of scope and key, read in pages; those in `state` and `scope` if given."""
+        wanted = None if state is None else _state(state)
+        store, after = self._store(), None
+        while True:
+            page = run_sync(store.records(state=wanted, scope=scope, after=after, limit=_PAGE))
+            yield from page
+            if len(page) < _PAGE:
+                return
+            after = (page[-1].scope, page[-1].key)
+
+    def stats(self) -> dict[State, int]:
+        """Return how many records there are in each state."""
+        return run_sync(self._store().stats())
+
+    def purge(self, *, batch: int = 1000, grace: float = 3600.0) -> int:
+        """Delete records whose retention ended more than `grace` seconds ago, `batch` at a time; returns how many.
+
+        The grace spares what expired while everything was down and may be redelivered now (F17). Running,
+        in-doubt and parked records are never purged.
+        """
+        if batch < 1:
+            raise ConfigurationError(f"batch={batch} must be 1 or more")
+        store, purged = self._store(), 0
+        while True:
+            deleted = len(run_sync(store.purge(limit=batch, grace=grace)))
+            purged += deleted
+            if deleted < batch:
+                return purged
+
+    def prepare(self) -> None:
+        """Make the store's tables, or check that it can be used; what `idem-tasks init-db` does."""
+        run_sync(self._store().prepare())
+
+    def close(self) -> None:
+        """Try once more to record what is pending, then close this process's blocking connections."""
+        with self._lock:
+            services, self._blocking = self._blocking, None
+        if services is not None:
+            run_sync(services.heartbeat.beat())
+            run_sync(services.store.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The same from asyncio
+
+    async def aget(self, scope: str, key: object) -> Record | None:
+        """As `get`."""
+        return await self._astore().get(check_scope(scope, stored=True), check_key(key, stored=True))
+
+    async def aforget(self, scope: str, key: object) -> bool:
+        """As `forget`."""
+        return await self._astore().forget(check_scope(scope, stored=True), check_key(key, stored=True))
+
+    async def aresolve(self, scope: str, key: object, *, outcome: Any = _UNKNOWN, rerun: bool = False) -> Record | None:
+        """As `resolve`."""
+        return await self._resolve(self._astore(), scope, key, outcome, rerun)
+
+    async def aclose(self) -> None:
+        """As `close`, for the running event loop's connections."""
+        services = self._loops.pop(asyncio.get_running_loop(), None)
+        if services is not None:
+            await services.heartbeat.beat()
+            await services.store.close()
+
+    # What calls are made of
+
+    def check_runtime(self, runtime: RuntimeName) -> None:
+        """Raise `ConfigurationError` if the store cannot serve this runtime."""
+        if runtime not in self.store.runtimes:
+            kind = "async def" if runtime == "asyncio" else "blocking (def)"
+            raise ConfigurationError(
+                f"this {type(self.store).__name__} serves {' and '.join(sorted(self.store.runtimes))} handlers only, "
+                f"not {kind} ones; make it from a URL to serve both"
+            )
+
+    def services(self, runtime: RuntimeName) -> Services:
+        """Return the store, heartbeat and codec as `runtime` uses them, on this process or event loop."""
+        if runtime == "blocking":
+            return self._blocking or self._serve_blocking()
+        loop = asyncio.get_running_loop()
+        services = self._loops.get(loop)
+        if services is None:
+            services = self._loops[loop] = self._serve(runtime, LoopHeartbeat)
+        return services
+
+    def _serve_blocking(self) -> Services:
+        with self._lock:
+            if self._blocking is None:
+                self._blocking = self._serve("blocking", ThreadHeartbeat)
+            return self._blocking
+
+    def _serve(self, runtime: RuntimeName, heartbeat: Callable[[Store, Announcer], Heartbeat]) -> Services:
+        self.check_runtime(runtime)
+        store = self.store.on(runtime, self._announce)
+        world = Blocking() if runtime == "blocking" else Asyncio()
+        return Services(store, heartbeat(store, self._announce), self._announce, self.codec, world)
+
+    def _store(self) -> Store:
+        return self.services("blocking").store
+
+    def _astore(self) -> Store:
+        return self.services("asyncio").store
+
+    def _policy(self, policy: Policy | None, fields: PolicyFields) -> Policy:
+        return (policy or self.policy).replace(**fields)
+
+    def _call(
+        self,
+        handler: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        scope: str,
+        key: object,
+        fingerprint: Any,
+        policy: Policy | None,
+        runtime: RuntimeName,
+    ) -> Call:
+        data = [list(args), kwargs] if fingerprint is _ARGUMENTS else fingerprint
+        request = self._request(scope, key, data, policy or self.policy)
+        return Call(request, self.services(runtime), _return_type(handler))
+
+    def _request(self, scope: str, key: object, fingerprint: Any, policy: Policy) -> ClaimRequest:
+        return ClaimRequest(
+            scope=check_scope(scope),
+            key=check_key(key),
+            fingerprint=None if fingerprint is None else fingerprint_of(fingerprint),
+            owner=new_owner(),
+            policy=policy,
+            holder=process_name(),
+        )
+
+    async def _resolve(self, store: Store, scope: str, key: object, outcome: Any, rerun: bool) -> Record | None:
+        if rerun == (outcome is not _UNKNOWN):
+            raise ConfigurationError("resolve takes either outcome=... or rerun=True")
+        scope, key = check_scope(scope, stored=True), check_key(key, stored=True)
+        encoded = None
+        if not rerun:
+            context = OutcomeContext(scope, key, None)
+            encoded = EncodedOutcome(body=self.codec.encode(outcome, UNANNOTATED, context), codec=self.codec.name)
+        return await store.resolve(scope, key, encoded)
+
+
+@functools.lru_cache(maxsize=512)
+def _cached_return_type(handler: Callable[..., Any]) -> Callable[[], Any]:
+    return ReturnType(handler).resolve
+
+
+def _return_type(handler: Callable[..., Any]) -> Callable[[], Any]:
+    try:
+        return _cached_return_type(handler)
+    except TypeError:  # an unhashable callable
+        return ReturnType(handler).resolve
+
+
+def _state(state: State | str) -> State:
+    with contextlib.suppress(ValueError):
+        return State(state)
+    raise ConfigurationError(f"no such state: {state!r}; known: {', '.join(known.value for known in State)}")

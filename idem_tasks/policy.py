@@ -1,0 +1,173 @@
+"""Policy: how long things last, and what happens when they go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypedDict, get_args
+
+from idem_tasks.errors import ConfigurationError
+
+Duration = float | timedelta
+"""Seconds as a number, or a timedelta."""
+
+OnDuplicate = Literal["replay", "skip", "raise"]
+OnInProgress = Literal["raise", "wait"]
+OnCrash = Literal["rerun", "hold"]
+OnMarkerUnavailable = Literal["bypass", "raise"]
+OnStoreUnavailable = Literal["raise", "run"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "on_duplicate": get_args(OnDuplicate),
+    "on_in_progress": get_args(OnInProgress),
+    "on_crash": get_args(OnCrash),
+    "on_marker_unavailable": get_args(OnMarkerUnavailable),
+    "on_store_unavailable": get_args(OnStoreUnavailable),
+}
+_MINIMUM_LEASE = 0.1
+"""Seconds. Below this a renewal every third of the lease cannot be relied upon over a network."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """All that can be chosen about a handler's claims; every field is also a keyword of the decorator.
+
+    Durations are given as seconds or `timedelta` and kept as float seconds.
+    Raises `ConfigurationError` where a value is out of range or two contradict each other.
+    """
+
+    lease: float = 60.0
+    """Seconds a claim stands without a renewal; it is renewed every third of it while the handler runs."""
+    max_hold: float = 3600.0
+    """Seconds after which renewals stop, so that a hung handler does not keep its key for ever."""
+    retention: float = 7 * 86400.0
+    """Seconds an outcome answers duplicates; must outlast the broker's longest redelivery or replay."""
+    cache_ttl: float = 86400.0
+    """Seconds Redis answers instead of SQL; never longer than `retention`."""
+    on_duplicate: OnDuplicate = "replay"
+    """`replay` returns the recorded outcome; `skip` keeps none and returns None; `raise` raises DuplicateError."""
+    on_in_progress: OnInProgress = "raise"
+    """`raise` raises InProgressError at once; `wait` waits up to `wait_timeout` for the outcome first."""
+    wait_timeout: float = 10.0
+    """Seconds that `on_in_progress="wait"` waits."""
+    on_crash: OnCrash = "rerun"
+    """`rerun` runs a dead holder's work again (at least once); `hold` leaves it in doubt (at most once)."""
+    record_failures: tuple[type[Exception], ...] = ()
+    """Exception types whose failure is final: recorded, and raised again for every duplicate."""
+    safe_to_retry: tuple[type[BaseException], ...] = ()
+    """Under `hold`: exception types which prove that no effect happened; all others leave it in doubt."""
+    max_attempts: int | None = None
+    """Handler failures before the record is parked; None: no limit."""
+    max_crashes: int | None = 3
+    """Takeovers from dead holders before the record is parked; None: no limit."""
+    on_marker_unavailable: OnMarkerUnavailable = "bypass"
+    """`bypass` lets SQL alone arbitrate while Redis is away; `raise` raises StoreUnavailableError."""
+    on_store_unavailable: OnStoreUnavailable = "raise"
+    """`raise` raises StoreUnavailableError while SQL is away; `run` runs the handler unprotected."""
+    max_outcome_bytes: int = 1024 * 1024
+    """Encoded outcomes above this many bytes are not kept; the record is still completed."""
+    shadow: bool = False
+    """Detect and count duplicates, but run everything: for a safe roll-out."""
+    enabled: bool = True
+    """False runs the bare handler. IDEM_TASKS_DISABLED=1 does so everywhere."""
+
+    def __post_init__(self) -> None:
+        for name in ("lease", "max_hold", "retention", "cache_ttl", "wait_timeout"):
+            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        for name in ("record_failures", "safe_to_retry"):
+            object.__setattr__(self, name, _exception_types(name, getattr(self, name)))
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for name in ("max_attempts", "max_crashes", "max_outcome_bytes"):
+            _check_count(name, getattr(self, name), optional=name != "max_outcome_bytes")
+        for name in ("shadow", "enabled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.lease < _MINIMUM_LEASE:
+            raise ConfigurationError(f"lease={self.lease} is too short to be renewed; use {_MINIMUM_LEASE} s or more")
+        if self.max_hold < self.lease:
+            raise ConfigurationError(f"max_hold={self.max_hold} is shorter than lease={self.lease}")
+        if self.retention <= 0:
+            raise ConfigurationError("retention must be more than 0 seconds")
+        if self.safe_to_retry and self.on_crash != "hold":
+            raise ConfigurationError('safe_to_retry only has a meaning with on_crash="hold"')
+        if self.cache_ttl <= 0:
+            raise ConfigurationError("cache_ttl must be more than 0 seconds")
+        if self.cache_ttl > self.retention:
+            # A retention below the default cache_ttl is no mistake: Redis then answers as long as SQL does.
+            object.__setattr__(self, "cache_ttl", self.retention)
+
+    def replace(self, **changes: Any) -> Policy:
+        """Return a copy with these fields changed; raises `ConfigurationError` for an unknown field."""
+        unknown = changes.keys() - FIELD_NAMES
+        if unknown:
+            raise ConfigurationError(
+                f"unknown policy field: {', '.join(sorted(unknown))}; known: {', '.join(sorted(FIELD_NAMES))}"
+            )
+        return dataclasses.replace(self, **changes) if changes else self
+
+    @property
+    def active(self) -> bool:
+        """False where `enabled` is false or IDEM_TASKS_DISABLED is set; read at each call."""
+        return self.enabled and os.environ.get("IDEM_TASKS_DISABLED", "") in ("", "0")
+
+
+FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(Policy))
+
+
+class PolicyFields(TypedDict, total=False):
+    """The fields of `Policy` as keywords, for type checkers."""
+
+    lease: Duration
+    max_hold: Duration
+    retention: Duration
+    cache_ttl: Duration
+    on_duplicate: OnDuplicate
+    on_in_progress: OnInProgress
+    wait_timeout: Duration
+    on_crash: OnCrash
+    record_failures: type[Exception] | tuple[type[Exception], ...]
+    safe_to_retry: type[BaseException] | tuple[type[BaseException], ...]
+    max_attempts: int | None
+    max_crashes: int | None
+    on_marker_unavailable: OnMarkerUnavailable
+    on_store_unavailable: OnStoreUnavailable
+    max_outcome_bytes: int
+    shadow: bool
+    enabled: bool
+
+
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigurationError(f"{name} must be seconds or a timedelta, not {type(value).__name__}")
+    if not 0 <= value < 1e10:
+        raise ConfigurationError(f"{name}={value} must be a finite number of seconds, 0 or more")
+    return float(value)
+
+
+def _exception_types(name: str, value: object) -> tuple[type[BaseException], ...]:
+    kinds = value if isinstance(value, tuple | list | set | frozenset) else (value,)
+    base = Exception if name == "record_failures" else BaseException
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, base)):
+            raise ConfigurationError(f"{name} takes exception types, not {kind!r}")
+    return tuple(kinds)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def _check_count(name: str, value: object, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigurationError(f"{name}={value!r} must be a whole number, 0 or more")

@@ -1,0 +1,119 @@
+"""What is kept of a handler's ending, and what a duplicate gets of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from idem_tasks.call import Call
+from idem_tasks.claims import EncodedOutcome, Finished, State
+from idem_tasks.errors import DuplicateError, FingerprintMismatchError, OutcomeError, ReplayedFailureError
+from idem_tasks.events import EventName
+from idem_tasks.policy import Policy
+
+MAX_ERROR_MESSAGE = 2000
+"""Characters kept of an exception's text."""
+
+_REASONS = {
+    "too_large": "it was larger than the policy's max_outcome_bytes",
+    "not_encodable": "it could not be encoded; see the log of that run",
+    "skipped": 'the policy was on_duplicate="skip"',
+}
+
+
+def keep(call: Call, value: Any) -> EncodedOutcome:
+    """Encode a handler's value; never raises an `Exception`, because its effect has happened (F43).
+
+    What cannot be kept is logged, and the record is completed without it.
+    """
+    if call.policy.on_duplicate == "skip":
+        return EncodedOutcome(not_kept="skipped")
+    codec = call.services.codec
+    try:
+        body = codec.encode(value, call.return_type(), call.context)
+    except Exception as error:  # noqa: BLE001 - a user's codec may raise anything, and the effect must be recorded
+        reason = str(error) if isinstance(error, OutcomeError) else type(error).__name__
+        call.announce(EventName.OUTCOME_NOT_KEPT, reason=reason)
+        return EncodedOutcome(not_kept="not_encodable")
+    if len(body) > call.policy.max_outcome_bytes:
+        call.announce(
+            EventName.OUTCOME_NOT_KEPT,
+            reason=f"{len(body)} bytes are more than max_outcome_bytes={call.policy.max_outcome_bytes}",
+        )
+        return EncodedOutcome(not_kept="too_large")
+    return EncodedOutcome(body=body, codec=codec.name)
+
+
+def keep_failure(error: BaseException) -> EncodedOutcome:
+    """Keep a failure that the policy calls final."""
+    return EncodedOutcome(State.FAILED, error_type=type_name(type(error)), error_message=message_of(error))
+
+
+def type_name(kind: type[BaseException]) -> str:
+    """Return `module.qualname`, by which a recorded failure is told from others."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def message_of(error: BaseException) -> str:
+    """Return an exception's text, cut to `MAX_ERROR_MESSAGE` characters, or its type where that text fails."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - a user's exception may have a broken __str__
+        text = f"<{type(error).__name__} without a readable message>"
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()[:MAX_ERROR_MESSAGE]
+
+
+def replay(call: Call, finished: Finished) -> Any:
+    """Answer a duplicate: return the recorded value, or raise what the policy says.
+
+    Raises `FingerprintMismatchError` for other arguments, `DuplicateError` under on_duplicate="raise", the
+    recorded failure, and `OutcomeError` for an outcome that was not kept or cannot be read.
+    """
+    if not call.request.matches(finished.fingerprint):
+        call.announce(EventName.MISMATCHED)
+        raise FingerprintMismatchError(scope=call.request.scope, key=call.request.key)
+    call.announce(EventName.REPLAYED, state=finished.outcome.state.value)
+    match call.policy.on_duplicate:
+        case "skip":
+            return None
+        case "raise":
+            raise DuplicateError(
+                scope=call.request.scope, key=call.request.key, outcome=_value_if_readable(call, finished)
+            )
+        case _:
+            return value_of(call, finished)
+
+
+def value_of(call: Call, finished: Finished) -> Any:
+    """Return the recorded value, or raise the recorded failure."""
+    outcome = finished.outcome
+    if outcome.state is State.FAILED:
+        raise recorded_failure(call.policy, outcome)
+    if outcome.body is not None:
+        return call.services.codec.decode(outcome.body, call.return_type(), call.context)
+    if outcome.not_kept == "skipped":
+        return None
+    reason = _REASONS.get(outcome.not_kept or "", "the reason is not known")
+    raise OutcomeError(
+        f"{call.request.scope} {call.request.key!r} was completed before, but its outcome was not kept: {reason}"
+    )
+
+
+def _value_if_readable(call: Call, finished: Finished) -> Any:
+    try:
+        return value_of(call, finished)
+    except Exception:  # noqa: BLE001 - a failed or unreadable outcome has no value to show
+        return None
+
+
+def recorded_failure(policy: Policy, outcome: EncodedOutcome) -> Exception:
+    """Rebuild a recorded failure as its own type, if the policy names exactly that type and its text survives."""
+    error_type, message = outcome.error_type or "Exception", outcome.error_message or ""
+    for kind in policy.record_failures:
+        if type_name(kind) == error_type:
+            try:
+                rebuilt = kind(message)
+                if str(rebuilt) == message or rebuilt.args == (message,):
+                    return rebuilt
+            except Exception:  # noqa: BLE001 - its constructor wants something else: replayed under its name then
+                break
+    return ReplayedFailureError(error_type=error_type, error_message=message)

@@ -1,0 +1,71 @@
+"""Where records are kept: in memory, in a database, in Redis, or in both tiers.
+
+Each kind is imported when it is first named, so that no client library is loaded that is not used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from idem_tasks.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from idem_tasks.stores.base import Store
+
+_REDIS_SCHEMES = frozenset(
+    {
+        *("redis", "rediss", "unix", "valkey", "valkeys"),
+        *("redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
+    }
+)
+_SQL_SCHEMES = frozenset({"sqlite", "postgresql", "mysql", "mariadb"})
+
+
+def store_from_url(url: str, *, create_schema: bool | None = None) -> Store:
+    """Return the store that a URL names; it connects at its first use.
+
+    `memory://` keeps records in this process; `sqlite:///file`, `postgresql://`, `mysql://` and `mariadb://` in a
+    database; `redis://` in Redis. `create_schema` is for databases: None makes the tables on first use on SQLite
+    only, True everywhere, False never. Raises `ConfigurationError` for any other scheme.
+    """
+    scheme = url.partition(":")[0].lower()
+    if scheme == "memory":
+        from idem_tasks.stores.memory import MemoryStore
+
+        return MemoryStore()
+    if scheme in _REDIS_SCHEMES:
+        from idem_tasks.stores.redis import RedisStore
+
+        return RedisStore(url)
+    if scheme.partition("+")[0] in _SQL_SCHEMES:
+        from idem_tasks.stores.sql import SQLStore
+
+        return SQLStore(url, create_schema=create_schema)
+    raise ConfigurationError(
+        f"no store for the URL scheme {scheme!r}; known: memory, {', '.join(sorted(_SQL_SCHEMES | _REDIS_SCHEMES))}"
+    )
+
+
+def store_from_urls(database_url: str | None, redis_url: str | None, *, create_schema: bool | None = None) -> Store:
+    """Return one store of both tiers where both URLs are given, else the one that is given.
+
+    Raises `ConfigurationError` for a wrong scheme, and if neither is given.
+    """
+    if database_url is not None and database_url.partition("+")[0].partition(":")[0] not in _SQL_SCHEMES:
+        raise ConfigurationError(
+            f"database_url must begin with one of {', '.join(sorted(_SQL_SCHEMES))}, as in sqlite:///idem_tasks.db"
+        )
+    if redis_url is not None and redis_url.partition(":")[0].lower() not in _REDIS_SCHEMES:
+        raise ConfigurationError(
+            f"redis_url must begin with one of {', '.join(sorted(_REDIS_SCHEMES))}, as in redis://localhost:6379/0"
+        )
+    if database_url is None or redis_url is None:
+        url = database_url or redis_url
+        if url is None:
+            raise ConfigurationError("a store needs a database URL, a Redis URL, or both")
+        return store_from_url(url, create_schema=create_schema)
+    from idem_tasks.stores.redis import RedisStore
+    from idem_tasks.stores.sql import SQLStore
+    from idem_tasks.stores.tiered import TieredStore
+
+    return TieredStore(RedisStore(redis_url), SQLStore(database_url, create_schema=create_schema))

@@ -1,0 +1,247 @@
+"""The main road: a marker that shields, in front of a record that decides.
+
+The record is the truth. The marker answers duplicates before they reach the database and is free to vanish at any
+moment: whatever it does, or fails to do, never changes what is promised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from idem_tasks.claims import (
+    ClaimAnswer,
+    ClaimRequest,
+    EncodedOutcome,
+    Finished,
+    Granted,
+    InProgress,
+    Lease,
+    Lost,
+    Record,
+    Recorded,
+    Release,
+    Released,
+    State,
+)
+from idem_tasks.errors import StoreError, StoreUnavailableError
+from idem_tasks.events import Announcer, EventName
+from idem_tasks.stores.base import (
+    Marker,
+    MarkerFinished,
+    MarkerPending,
+    MarkerRunning,
+    MarkerTaken,
+    RecordTier,
+    RuntimeName,
+)
+
+
+class TieredStore:
+    """A marker tier (Redis) in front of a record tier (SQL).
+
+    A first call costs one round trip to the marker, one to the record, and the same again after the handler.
+    A duplicate costs one round trip to the marker as long as it stands.
+    """
+
+    def __init__(self, marker: Marker, record: RecordTier) -> None:
+        self._marker = marker
+        self._record = record
+        self._announce = Announcer(())
+        self._siblings: dict[RuntimeName, TieredStore] = {}
+
+    @property
+    def runtimes(self) -> frozenset[RuntimeName]:
+        """The runtimes that both tiers serve."""
+        return self._marker.runtimes & self._record.runtimes
+
+    def on(self, runtime: RuntimeName, announce: Announcer) -> TieredStore:
+        """Return this store as `runtime` uses it; raises `ConfigurationError` if a tier cannot serve it."""
+        if runtime not in self._siblings:
+            sibling = TieredStore(self._marker.on(runtime, announce), self._record.on(runtime, announce))
+            sibling._announce = announce
+            self._siblings[runtime] = sibling
+        return self._siblings[runtime]
+
+    async def claim(self, request: ClaimRequest) -> ClaimAnswer:
+        """Ask the marker first, and the record unless the marker knows the answer."""
+        try:
+            seen = await self._marker.take(request)
+        except StoreError as error:
+            self._marker_failed(error, request.scope, request.key)
+            if request.policy.on_marker_unavailable == "raise":
+                raise StoreUnavailableError(
+                    f"the marker cannot be taken ({error}), and the policy is on_marker_unavailable='raise'"
+                ) from error
+            return await self._claim_record(request)
+        match seen:
+            case MarkerRunning(retry_after):
+                return InProgress(retry_after)
+            case MarkerFinished(finished):
+                return finished
+            case MarkerPending():
+                return await self._claim_behind_pending(request, seen)
+            case MarkerTaken():
+                return await self._claim_record(request)
+
+    async def _claim_record(self, request: ClaimRequest) -> ClaimAnswer:
+        """Claim the record; unless it is granted, publish in our marker's place or take that away again.
+
+        Also when the marker seemed unreachable: its command may have taken effect, only the reply was lost.
+        """
+        try:
+            answer = await self._record.claim(request)
+        except StoreError:
+            await self._give_back(request.scope, request.key, request.owner)
+            raise
+        match answer:
+            case Granted():
+                pass
+            case Finished():
+                await self._publish(request, answer)
+            case _:
+                await self._give_back(request.scope, request.key, request.owner)
+        return answer
+
+    async def _claim_behind_pending(self, request: ClaimRequest, pending: MarkerPending) -> ClaimAnswer:
+        """Bring an outcome that SQL would not take then to its record now; it is never replayed before that."""
+        written = await self._record.write_through(
+            request.scope, request.key, pending, retention=request.policy.retention
+        )
+        if not written:
+            # Its claim was taken over, or a person decided: that outcome can never be recorded any more.
+            self._announce(EventName.OUTCOME_DROPPED, request.scope, request.key, reason="superseded")
+            with self._marker_may_fail(request.scope, request.key):
+                await self._marker.drop_pending(request.scope, request.key, pending)
+            return await self._claim_record(request)
+        self._announce(EventName.OUTCOME_WRITTEN_THROUGH, request.scope, request.key)
+        finished = Finished(
+            outcome=pending.outcome,
+            fingerprint=pending.fingerprint,
+            expires_in=request.policy.retention,
+            fencing_token=pending.fencing_token,
+        )
+        await self._publish(request, finished, owner=pending.owner)
+        return finished
+
+    async def renew(self, leases: Sequence[Lease], still_held: Callable[[str], bool]) -> frozenset[str]:
+        """Renew the records, then the markers of those renewed whose finish has not begun."""
+        renewed = await self._record.renew(leases, still_held)
+        running = [lease for lease in leases if lease.owner in renewed and still_held(lease.owner)]
+        if running:
+            try:
+                await self._marker.renew_markers(running)
+            except StoreError as error:
+                self._marker_failed(error)
+        return renewed
+
+    async def finish(self, lease: Lease, outcome: EncodedOutcome, *, may_insert: bool) -> Recorded | Finished | Lost:
+        """Record the outcome, then let the marker answer with it."""
+        answer = await self._record.finish(lease, outcome, may_insert=may_insert)
+        match answer:
+            case Recorded():
+                finished = Finished(
+                    outcome=outcome,
+                    fingerprint=lease.request.fingerprint,
+                    expires_in=lease.policy.retention,
+                    fencing_token=lease.fencing_token,
+                    traceparent=lease.request.traceparent,
+                )
+                await self._publish(lease.request, finished)
+            case Finished():
+                await self._publish(lease.request, answer)
+            case Lost():
+                await self._give_back(lease.scope, lease.key, lease.owner)
+        return answer
+
+    async def keep_pending(self, lease: Lease, outcome: EncodedOutcome) -> bool:
+        """Keep the outcome in the marker for the next delivery to write through."""
+        try:
+            return await self._marker.keep(lease, outcome)
+        except StoreError as error:
+            self._marker_failed(error, lease.scope, lease.key)
+            return False
+
+    async def release(self, lease: Lease, release: Release) -> Released | Finished | Lost:
+        """Release the record, then take our marker away."""
+        answer = await self._record.release(lease, release)
+        if isinstance(answer, Finished):
+            await self._publish(lease.request, answer)
+        else:
+            await self._give_back(lease.scope, lease.key, lease.owner)
+        return answer
+
+    async def get(self, scope: str, key: str) -> Record | None:
+        """Return the record."""
+        return await self._record.get(scope, key)
+
+    async def forget(self, scope: str, key: str) -> bool:
+        """Delete the record, then the marker, also where there was no record."""
+        existed = await self._record.forget(scope, key)
+        await self._drop([(scope, key)])
+        return existed
+
+    async def resolve(self, scope: str, key: str, outcome: EncodedOutcome | None) -> Record | None:
+        """End the record as a person says, then delete the marker."""
+        record = await self._record.resolve(scope, key, outcome)
+        await self._drop([(scope, key)])
+        return record
+
+    async def records(
+        self, *, state: State | None, scope: str | None, after: tuple[str, str] | None, limit: int
+    ) -> list[Record]:
+        """Return records."""
+        return await self._record.records(state=state, scope=scope, after=after, limit=limit)
+
+    async def stats(self) -> dict[State, int]:
+        """Return how many records there are in each state."""
+        return await self._record.stats()
+
+    async def purge(self, *, limit: int, grace: float) -> list[tuple[str, str]]:
+        """Purge records, then their markers."""
+        purged = await self._record.purge(limit=limit, grace=grace)
+        if purged:
+            with self._marker_may_fail("", ""):
+                # A marker never outlives its record's retention, so one left behind here is gone already.
+                await self._marker.drop(purged)
+        return purged
+
+    async def prepare(self) -> None:
+        """Make the tables of the record."""
+        await self._record.prepare()
+
+    async def close(self) -> None:
+        """Close both tiers' connections."""
+        await self._marker.close()
+        await self._record.close()
+
+    async def _publish(self, request: ClaimRequest, finished: Finished, owner: str | None = None) -> None:
+        ttl = min(request.policy.cache_ttl, finished.expires_in)
+        if ttl > 0:
+            with self._marker_may_fail(request.scope, request.key):
+                await self._marker.publish(request.scope, request.key, owner or request.owner, finished, ttl)
+
+    async def _give_back(self, scope: str, key: str, owner: str) -> None:
+        with self._marker_may_fail(scope, key):
+            await self._marker.give_back(scope, key, owner)
+
+    async def _drop(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Delete markers after their records; a person has to know when one may still answer."""
+        try:
+            await self._marker.drop(keys)
+        except StoreError as error:
+            raise StoreUnavailableError(
+                f"the record is changed, but its marker in Redis could not be deleted ({error}); "
+                "a duplicate may still be answered by it: do the same again when Redis can be reached"
+            ) from error
+
+    @contextlib.contextmanager
+    def _marker_may_fail(self, scope: str, key: str) -> Iterator[None]:
+        """Go on without the marker, and say so: the record holds the truth."""
+        try:
+            yield
+        except StoreError as error:
+            self._marker_failed(error, scope, key)
+
+    def _marker_failed(self, error: StoreError, scope: str = "", key: str = "") -> None:
+        self._announce(EventName.MARKER_UNAVAILABLE, scope, key, error=str(error))
