@@ -255,7 +255,11 @@ class MemoryStore:
         self._last_token = max(self._last_token + 1, int(now * 1_000_000))
         return self._last_token
 
-    async def renew(self, leases: Sequence[Lease], still_held: Callable[[str], bool]) -> frozenset[str]:
+    async def renew(
+        self,
+        leases: Sequence[Lease],
+        still_held: Callable[[str], bool],
+    ) -> frozenset[str]:
         """Extend these leases by their policy's `lease` from now; return the owners of those extended.
 
         `still_held` is not asked: a finish is one step here, so a claim is before or after it, never in it.

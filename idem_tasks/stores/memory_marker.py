@@ -79,9 +79,7 @@ class MemoryMarker:
                     left = max(finished.expires_in - (now - published_at), 0.0)
                     return MarkerFinished(dataclasses.replace(finished, expires_in=left))
                 case _Pending(lease, outcome) as raw:
-                    return MarkerPending(
-                        lease.owner, lease.fencing_token, lease.request.fingerprint, outcome, raw
-                    )
+                    return MarkerPending(lease.owner, lease.fencing_token, lease.request.fingerprint, outcome, raw)
 
     async def give_back(self, scope: str, key: str, owner: str) -> None:
         """Delete our own running marker, and nobody else's."""
