@@ -68,7 +68,7 @@ def _found_or_started(service: Service, run: Run) -> dict[str, str | bool]:
     except Unavailable as reason:
         if compose.engine_answers():
             return {"url": compose.up(service.name, run.folder), "started_here": False}
-        return {"unavailable": f"{reason}: run `make services`, or name one with {service.variable}"}
+        return {"unavailable": f"{reason}, or name one with {service.variable}"}
     return {"url": service.server(run).start().url, "started_here": True}
 
 

@@ -21,14 +21,12 @@ class Unavailable(Exception):  # noqa: N818 - it is no error: the test is skippe
 
 
 def find_program(*names_and_places: str) -> str | None:
-    """The first that exists: names are looked up on the PATH, places are globs, of which the highest counts."""
+    """The first that can be run: names are looked up on the PATH, places are globs, of which the highest counts."""
     for candidate in names_and_places:
-        if not candidate.startswith("/"):
-            found = shutil.which(candidate)
-        else:
-            found = max(map(str, Path("/").glob(candidate[1:])), default=None)
-        if found:
-            return found
+        places = sorted(Path("/").glob(candidate[1:]), reverse=True) if candidate.startswith("/") else [candidate]
+        for place in places:
+            if found := shutil.which(place):
+                return str(found)
     return None
 
 
@@ -58,7 +56,7 @@ class Server:
         """The server's program; Unavailable when there is none."""
         program = find_program(*cls.programs)
         if program is None:
-            raise Unavailable(f"no {cls.name} server on this machine")
+            raise Unavailable(f"no {cls.name} server on this machine: run `make services`")
         return program
 
     # What each kind of server says for itself.
