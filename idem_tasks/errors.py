@@ -53,6 +53,7 @@ class MissingExtraError(ConfigurationError, ImportError):
         self.package = package
         self.extra = extra
         super().__init__(f"{package} is not installed; run: pip install 'idem-tasks[{extra}]'")
+        self.msg = str(self)  # ImportError's own, which ValueError's side of the tree leaves empty
 
 
 class InvalidKeyError(IdemTasksError, ValueError):

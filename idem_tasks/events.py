@@ -77,16 +77,22 @@ def log_event(event: Event) -> None:
     level = _LEVELS.get(event.name, logging.DEBUG)
     if not _logger.isEnabledFor(level):
         return
-    words = "".join(f" {name}={value}" for name, value in event.details.items())
+    words = "".join(f" {name}={_word(value)}" for name, value in event.details.items())
     _logger.log(
         level,
         "%s scope=%s key=%r%s",
         event.name.value,
-        event.scope,
+        _word(event.scope),
         event.key,
         words,
         extra={"idem_tasks_event": event.name.value, "idem_tasks_scope": event.scope, "idem_tasks_key": event.key},
     )
+
+
+def _word(value: object) -> str:
+    """Put a value into one word; what has spaces or line breaks is quoted, so that it cannot forge a log line."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text else repr(text)
 
 
 class Announcer:

@@ -113,8 +113,9 @@ class Policy:
 
     @property
     def active(self) -> bool:
-        """False where `enabled` is false or IDEM_TASKS_DISABLED is set; read at each call."""
-        return self.enabled and os.environ.get("IDEM_TASKS_DISABLED", "") in ("", "0")
+        """False where `enabled` is false or IDEM_TASKS_DISABLED is 1, true, yes or on; read at each call."""
+        # Anything else, such as "false" or a slip of the pen, keeps the protection.
+        return self.enabled and os.environ.get("IDEM_TASKS_DISABLED", "").lower() not in ("1", "true", "yes", "on")
 
 
 FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(Policy))

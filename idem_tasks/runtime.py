@@ -137,6 +137,8 @@ class Asyncio:
                     await asyncio.shield(task)
                 except asyncio.CancelledError as error:
                     cancelled, was_cancelled = error, True
+                except GeneratorExit:
+                    raise  # this coroutine is thrown away with its loop; it may not wait any more
                 except BaseException:  # noqa: BLE001, S110 - the operation's own; result() raises it below
                     pass
             if not task.cancelled():
@@ -171,7 +173,7 @@ def interruption_in(error: BaseException, before: BaseException | None) -> BaseE
             return None
         if not isinstance(seen, Exception) or isinstance(seen, tuple(_INTERRUPTIONS)):
             return seen
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__context__ if seen.__cause__ is None else seen.__cause__
     return None
 
 
