@@ -135,7 +135,9 @@ class TieredStore:
                 self._marker_failed(error)
         return renewed
 
-    async def finish(self, lease: Lease, outcome: EncodedOutcome, *, may_insert: bool) -> Recorded | Finished | Lost:
+    async def finish(
+        self, lease: Lease, outcome: EncodedOutcome, *, may_insert: bool = False
+    ) -> Recorded | Finished | Lost:
         """Record the outcome, then let the marker answer with it."""
         answer = await self._record.finish(lease, outcome, may_insert=may_insert)
         match answer:
