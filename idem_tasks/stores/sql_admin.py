@@ -1,0 +1,112 @@
+"""What people do with records, and what clears them away, as plain functions of a connection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection
+
+from idem_tasks.claims import EncodedOutcome, Record, State, new_owner
+from idem_tasks.errors import ConflictError, InProgressError, StoreUnavailableError
+from idem_tasks.stores.sql_claims import RACES, ended, place, seen
+from idem_tasks.stores.sql_renewals import transaction
+from idem_tasks.stores.sql_statements import PURGEABLE, AnyRow, Statements
+
+
+def get(sql: Statements, connection: Connection, scope: str, key: str) -> Record | None:
+    """Return the record, or None."""
+    row = connection.execute(sql.get, place(scope, key)).one_or_none()
+    return None if row is None else _record(row)
+
+
+def forget(sql: Statements, connection: Connection, scope: str, key: str) -> bool:
+    """Delete the record; returns whether there was one. Raises `InProgressError` while its lease lives."""
+    for _ in range(RACES):
+        if connection.execute(sql.forget, place(scope, key)).rowcount == 1:
+            return True
+        row = connection.execute(sql.read, place(scope, key)).one_or_none()
+        if row is None:
+            return False
+        _refuse_if_held(row, scope, key)
+    raise _changing(scope, key)
+
+
+def resolve(
+    sql: Statements, connection: Connection, scope: str, key: str, outcome: EncodedOutcome | None
+) -> Record | None:
+    """End `in_doubt`, `parked` or an overdue `running` by this outcome, or (None) by releasing it."""
+    for _ in range(RACES):
+        row = connection.execute(sql.read, place(scope, key)).one_or_none()
+        if row is None:
+            return None
+        _refuse_if_held(row, scope, key)
+        if row.state in PURGEABLE:
+            raise ConflictError(f"{scope} {key!r} is {row.state} already", scope=scope, key=key)
+        values = place(scope, key) | seen(row)
+        values |= {"new_fencing_token": max(row.fencing_token + 1, row.clock), "new_owner": new_owner()}
+        statement = sql.resolve_released
+        if outcome is not None:
+            statement = sql.resolve_ended
+            values |= ended(outcome) | {"retention": _lifetime(sql, connection, scope, key)}
+        if connection.execute(statement, values).rowcount == 1:
+            return get(sql, connection, scope, key)
+    raise _changing(scope, key)
+
+
+def _lifetime(sql: Statements, connection: Connection, scope: str, key: str) -> float:
+    """Seconds for which the last claim was to be kept: all that is known of its policy's retention here."""
+    record = get(sql, connection, scope, key)
+    return 0.0 if record is None else (record.expires_at - record.created_at).total_seconds()
+
+
+def _refuse_if_held(row: AnyRow, scope: str, key: str) -> None:
+    if row.state == State.RUNNING and row.lease_left > 0:
+        raise InProgressError(scope=scope, key=key, retry_after=row.lease_left)
+
+
+def _changing(scope: str, key: str) -> StoreUnavailableError:
+    return StoreUnavailableError(f"{scope} {key!r} is being changed by others all the time; try again")
+
+
+def records(
+    sql: Statements,
+    connection: Connection,
+    state: State | None,
+    scope: str | None,
+    after: tuple[str, str] | None,
+    limit: int,
+) -> list[Record]:
+    """Return up to `limit` records in the order of scope and key, beginning after the given one."""
+    page = sql.records(by_state=state is not None, by_scope=scope is not None, after=after is not None)
+    values: dict[str, Any] = {"limit": limit}
+    if state is not None:
+        values["in_state"] = state
+    if scope is not None:
+        values["in_scope"] = scope
+    if after is not None:
+        values |= place(*after)
+    return [_record(row) for row in connection.execute(page, values)]
+
+
+def stats(sql: Statements, connection: Connection) -> dict[State, int]:
+    """Return how many records there are in each state."""
+    counts = dict.fromkeys(State, 0)
+    for row in connection.execute(sql.stats):
+        counts[State(row.state)] = row.number
+    return counts
+
+
+def purge(sql: Statements, connection: Connection, limit: int, grace: float) -> list[tuple[str, str]]:
+    """Delete up to `limit` records whose retention ended over `grace` seconds ago, by their primary key (F47)."""
+    values = {"limit": limit, "cut": -grace}
+    if sql.kind in ("postgresql", "sqlite"):
+        return [(row.scope, row.key) for row in connection.execute(sql.purge, values)]
+    with transaction(connection):
+        doomed = [(row.scope, row.key) for row in connection.execute(sql.doomed, values)]
+        if doomed:
+            connection.execute(sql.delete_locked, {"places": doomed})
+    return doomed
+
+
+def _record(row: AnyRow) -> Record:
+    return Record(**(row._asdict() | {"state": State(row.state)}))

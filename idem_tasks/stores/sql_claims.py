@@ -1,0 +1,275 @@
+"""What a claim, a finish and a release do to a record, as plain functions of a connection.
+
+What is found is decided here, in words, and then done by one compare-and-set on the fencing token, owner and state
+that were found: so of any number of simultaneous claims one is granted, on every kind of database alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.sql.dml import Update
+
+from idem_tasks.claims import (
+    ClaimAnswer,
+    ClaimRequest,
+    EncodedOutcome,
+    Finished,
+    Granted,
+    InDoubt,
+    InProgress,
+    Lease,
+    Lost,
+    Parked,
+    Recorded,
+    Release,
+    Released,
+    State,
+)
+from idem_tasks.stores.base import MarkerPending
+from idem_tasks.stores.schema import ERROR_MESSAGE_CHARACTERS, NAME_CHARACTERS
+from idem_tasks.stores.sql_renewals import renew
+from idem_tasks.stores.sql_statements import ENDED, PURGEABLE, AnyRow, Statements
+
+A = TypeVar("A")
+
+RACES = 3
+"""How often a verb begins again because the record changed between its look and its write."""
+
+RETRY_AFTER_LOCK = 1.0
+"""Seconds after which a claim is worth another try that found the record locked: its lease could not be read."""
+
+
+def claim(sql: Statements, connection: Connection, request: ClaimRequest) -> ClaimAnswer:
+    """Claim the record, or tell why not."""
+    for _ in range(RACES):
+        row = _claim_or_read(sql, connection, request)
+        answer = None if row is None else _answer(sql, connection, request, row)
+        if answer is not None:
+            return answer
+    return InProgress(RETRY_AFTER_LOCK)
+
+
+def _claim_or_read(sql: Statements, connection: Connection, request: ClaimRequest) -> AnyRow | None:
+    """Insert a running record unless there is one; return what is there now, None if it comes or goes just now."""
+    result = connection.execute(sql.claim, place(request.scope, request.key) | _granted(request))
+    row = result.one_or_none() if result.returns_rows else None
+    return row or _read(sql, connection, request.scope, request.key)
+
+
+def _answer(sql: Statements, connection: Connection, request: ClaimRequest, row: AnyRow) -> ClaimAnswer | None:
+    """Tell what the record that was found means for this claim; None if it changed meanwhile."""
+    if row.state in PURGEABLE and row.retention_left <= 0:
+        lease = _next_lease(request, row, attempts=1, failures=0, crashes=0, generation=row.generation + 1)
+        return Granted(lease) if _take(connection, sql.take_afresh, lease, row) else None
+    match State(row.state):
+        case State.COMPLETED | State.FAILED:
+            return _finished(row)
+        case State.RELEASED:
+            lease = _next_lease(request, row, attempts=row.attempts + 1)
+            return Granted(lease) if _take(connection, sql.take, lease, row) else None
+        case State.IN_DOUBT:
+            return InDoubt()
+        case State.PARKED:
+            return Parked(row.crashes, row.failures)
+        case State.RUNNING if row.owner == request.owner:
+            return _own(sql, connection, request, row)
+        case State.RUNNING if row.lease_left > 0:
+            return InProgress(row.lease_left)
+        case State.RUNNING:
+            return _take_over(sql, connection, request, row)
+
+
+def _own(sql: Statements, connection: Connection, request: ClaimRequest, row: AnyRow) -> Granted | None:
+    """Ours: just now, or by an earlier try whose reply was lost (F21) and whose lease may be running out."""
+    lease = _lease(request, row, row.fencing_token)
+    is_old = row.lease_left < request.policy.lease * 2 / 3
+    return None if is_old and not renew(sql, connection, [lease]) else Granted(lease)
+
+
+def _take_over(sql: Statements, connection: Connection, request: ClaimRequest, row: AnyRow) -> ClaimAnswer | None:
+    """The holder's lease ran out: it crashed, as far as anybody can know."""
+    policy = request.policy
+    crashes = row.crashes + 1
+    answer: ClaimAnswer
+    if policy.max_crashes is not None and crashes > policy.max_crashes:
+        state, answer = State.PARKED, Parked(crashes, row.failures, new=True)
+    elif policy.on_crash == "hold":
+        state, answer = State.IN_DOUBT, InDoubt(new=True)
+    else:
+        lease = _next_lease(request, row, attempts=row.attempts + 1, crashes=crashes, taken_over=True)
+        return Granted(lease) if _take(connection, sql.take, lease, row) else None
+    new = {"new_state": state, "new_crashes": crashes}
+    return (
+        answer if _is_written(connection, sql.set_aside, place(request.scope, request.key) | seen(row) | new) else None
+    )
+
+
+def _take(connection: Connection, statement: Update, lease: Lease, row: AnyRow) -> bool:
+    new = {
+        "new_fencing_token": lease.fencing_token,
+        "new_attempts": lease.attempts,
+        "new_failures": lease.failures,
+        "new_crashes": lease.crashes,
+        "new_generation": lease.generation,
+    }
+    return _is_written(connection, statement, place(lease.scope, lease.key) | seen(row) | _granted(lease.request) | new)
+
+
+def _next_lease(request: ClaimRequest, row: AnyRow, **changed: Any) -> Lease:
+    """The token rises over the record's last and, even where a row was lost, over all earlier ones (F10)."""
+    return _lease(request, row, max(row.fencing_token + 1, row.clock), **changed)
+
+
+def _lease(request: ClaimRequest, row: AnyRow, fencing_token: int, **changed: Any) -> Lease:
+    counts = {name: getattr(row, name) for name in ("attempts", "failures", "crashes", "generation")}
+    return Lease(request, fencing_token, **(counts | changed))
+
+
+# Finish and release
+
+
+def finish(
+    sql: Statements, connection: Connection, lease: Lease, outcome: EncodedOutcome, may_insert: bool
+) -> Recorded | Finished | Lost:
+    """Record the outcome under the lease's fence."""
+    retention = {"retention": lease.policy.retention}
+    values = place(lease.scope, lease.key) | _fence(lease) | ended(outcome) | retention
+    if _is_written(connection, sql.finish, values):
+        return Recorded()
+    row = _read(sql, connection, lease.scope, lease.key)
+    if row is None and may_insert:
+        connection.execute(sql.insert_finished, values | _vanished(lease))
+        row = _read(sql, connection, lease.scope, lease.key)
+    if row is None or row.state not in ENDED:
+        return Lost()
+    return Recorded() if _obeys(row, lease) else _finished(row)
+
+
+def write_through(
+    sql: Statements, connection: Connection, scope: str, key: str, pending: MarkerPending, retention: float
+) -> bool:
+    """Record a pending outcome under the fence of the claim that made it; never inserts."""
+    values = place(scope, key) | _fence(pending) | ended(pending.outcome) | {"retention": retention}
+    if _is_written(connection, sql.finish, values):
+        return True
+    row = _read(sql, connection, scope, key)
+    return row is not None and row.state in ENDED and _obeys(row, pending)
+
+
+def release(sql: Statements, connection: Connection, lease: Lease, release: Release) -> Released | Finished | Lost:
+    """Give the claim up under the lease's fence."""
+    state, failures = _state_after(lease, release)
+    new = {
+        "new_state": state,
+        "new_failures": failures,
+        "new_attention": None if state is State.RELEASED else state,
+        "new_error_type": storable(release.error_type, NAME_CHARACTERS),
+        "new_error_message": storable(release.error_message, ERROR_MESSAGE_CHARACTERS),
+    }
+    if _is_written(connection, sql.release, place(lease.scope, lease.key) | _fence(lease) | new):
+        return Released(state)
+    row = _read(sql, connection, lease.scope, lease.key)
+    if row is None:
+        return Lost()
+    if row.state in ENDED:
+        return _finished(row)
+    return Released(State(row.state)) if _obeys(row, lease) else Lost()
+
+
+def _state_after(lease: Lease, release: Release) -> tuple[State, int]:
+    """The failures are counted from those the claim was granted with: under its fence nobody else counts any."""
+    failures = lease.failures + 1 if release.failed else lease.failures
+    limit = lease.policy.max_attempts
+    if release.in_doubt:
+        return State.IN_DOUBT, failures
+    if release.failed and limit is not None and failures >= limit:
+        return State.PARKED, failures
+    return State.RELEASED, failures
+
+
+# Rows and parameters
+
+
+def place(scope: str, key: str) -> dict[str, Any]:
+    """Return the parameters that say which record."""
+    return {"at_scope": scope, "at_key": key}
+
+
+def seen(row: AnyRow) -> dict[str, Any]:
+    """Return the parameters by which a compare-and-set knows the record as it was read."""
+    return {"seen_token": row.fencing_token, "seen_owner": row.owner, "seen_state": row.state}
+
+
+def storable(text: str | None, characters: int) -> str | None:
+    """Cut a text to length, and replace what no database stores as text: NUL and lone surrogates."""
+    if text is None:
+        return None
+    return text[:characters].replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+
+
+def _granted(request: ClaimRequest) -> dict[str, Any]:
+    policy = request.policy
+    return {
+        "new_owner": request.owner,
+        "new_fingerprint": request.fingerprint,
+        "new_holder": storable(request.holder, NAME_CHARACTERS),
+        "new_traceparent": request.traceparent,
+        "lease": policy.lease,
+        "lifetime": policy.max_hold + policy.retention,
+    }
+
+
+def ended(outcome: EncodedOutcome) -> dict[str, Any]:
+    """Return the parameters that write an outcome."""
+    return {
+        "new_state": outcome.state,
+        "new_outcome": outcome.body,
+        "new_codec": outcome.codec,
+        "new_not_kept": outcome.not_kept,
+        "new_error_type": storable(outcome.error_type, NAME_CHARACTERS),
+        "new_error_message": storable(outcome.error_message, ERROR_MESSAGE_CHARACTERS),
+        "new_attention": State.FAILED if outcome.state is State.FAILED else None,
+    }
+
+
+def _vanished(lease: Lease) -> dict[str, Any]:
+    return {
+        "new_fingerprint": lease.request.fingerprint,
+        "new_attempts": lease.attempts,
+        "new_failures": lease.failures,
+        "new_crashes": lease.crashes,
+        "new_generation": lease.generation,
+        "new_holder": storable(lease.request.holder, NAME_CHARACTERS),
+        "new_traceparent": lease.request.traceparent,
+    }
+
+
+def _fence(claim: Lease | MarkerPending) -> dict[str, Any]:
+    return {"seen_token": claim.fencing_token, "seen_owner": claim.owner}
+
+
+def _obeys(row: AnyRow, claim: Lease | MarkerPending) -> bool:
+    """Tell whether this claim was the last to be granted."""
+    return bool(row.fencing_token == claim.fencing_token and row.owner == claim.owner)
+
+
+def _read(sql: Statements, connection: Connection, scope: str, key: str) -> AnyRow | None:
+    return connection.execute(sql.read, place(scope, key)).one_or_none()
+
+
+def _is_written(connection: Connection, statement: Update, values: dict[str, Any]) -> bool:
+    return connection.execute(statement, values).rowcount == 1
+
+
+def _finished(row: AnyRow) -> Finished:
+    outcome = EncodedOutcome(
+        State.FAILED if row.state == State.FAILED else State.COMPLETED,
+        row.outcome,
+        row.codec,
+        row.not_kept,
+        row.error_type,
+        row.error_message,
+    )
+    return Finished(outcome, row.fingerprint, max(row.retention_left, 0.0), row.fencing_token, row.traceparent)

@@ -1,0 +1,159 @@
+"""What an error of a database or its driver means, told by SQLSTATE and error number and never by its text (F39)."""
+
+from __future__ import annotations
+
+import sqlite3
+from enum import Enum, auto
+
+from sqlalchemy import exc
+
+from idem_tasks.errors import ConfigurationError, IdemTasksError, StoreError, StoreUnavailableError
+
+
+class Fault(Enum):
+    """What went wrong, as far as it matters here."""
+
+    UNAVAILABLE = auto()
+    POOL_EXHAUSTED = auto()
+    LOCKED = auto()
+    CONFLICT = auto()
+    MISSING_TABLE = auto()
+    UNKNOWN_COLUMN = auto()
+    SQLITE_STATEMENT = auto()
+    READ_ONLY = auto()
+    DENIED = auto()
+    NO_DATABASE = auto()
+    NO_FILE = auto()
+    OTHER = auto()
+
+
+class RowLockedError(StoreUnavailableError):
+    """Another transaction held the record for longer than is waited; try again."""
+
+
+class MissingTableError(ConfigurationError):
+    """The tables have not been made."""
+
+
+_SQLSTATES = {
+    "55P03": Fault.LOCKED,
+    "40001": Fault.CONFLICT,
+    "40P01": Fault.CONFLICT,
+    "42P01": Fault.MISSING_TABLE,
+    "3F000": Fault.MISSING_TABLE,
+    "42703": Fault.UNKNOWN_COLUMN,
+    "25006": Fault.READ_ONLY,
+    "42501": Fault.DENIED,
+    "28000": Fault.DENIED,
+    "28P01": Fault.DENIED,
+    "3D000": Fault.NO_DATABASE,
+    "57014": Fault.UNAVAILABLE,  # cancelled, as by statement_timeout
+}
+_UNAVAILABLE_CLASSES = ("08", "53", "57P", "58")
+"""Lost connection; out of connections, memory or disk; shut down or starting; trouble outside the server."""
+
+_MYSQL_NUMBERS = {
+    1205: Fault.LOCKED,
+    3572: Fault.LOCKED,
+    1213: Fault.CONFLICT,
+    1020: Fault.CONFLICT,
+    1146: Fault.MISSING_TABLE,
+    1054: Fault.UNKNOWN_COLUMN,
+    1290: Fault.READ_ONLY,
+    1792: Fault.READ_ONLY,
+    1836: Fault.READ_ONLY,
+    1044: Fault.DENIED,
+    1045: Fault.DENIED,
+    1142: Fault.DENIED,
+    1143: Fault.DENIED,
+    1698: Fault.DENIED,
+    1049: Fault.NO_DATABASE,
+}
+
+_SQLITE_CODES = {
+    sqlite3.SQLITE_ERROR: Fault.SQLITE_STATEMENT,
+    sqlite3.SQLITE_BUSY: Fault.LOCKED,
+    sqlite3.SQLITE_LOCKED: Fault.LOCKED,
+    sqlite3.SQLITE_READONLY: Fault.READ_ONLY,
+    sqlite3.SQLITE_PERM: Fault.NO_FILE,
+    sqlite3.SQLITE_CANTOPEN: Fault.NO_FILE,
+    sqlite3.SQLITE_NOTADB: Fault.NO_FILE,
+    sqlite3.SQLITE_IOERR: Fault.UNAVAILABLE,
+    sqlite3.SQLITE_FULL: Fault.UNAVAILABLE,
+}
+
+
+def fault_of(error: Exception) -> Fault | None:
+    """Return what the error means; None if it is not the database's or its driver's."""
+    if isinstance(error, IdemTasksError):
+        return None
+    if isinstance(error, exc.TimeoutError):
+        return Fault.POOL_EXHAUSTED
+    if isinstance(error, exc.DBAPIError):
+        if error.connection_invalidated:
+            return Fault.UNAVAILABLE
+        # Without a code it is the driver that speaks: it could not connect, or the connection broke.
+        lost = isinstance(error, exc.OperationalError | exc.InterfaceError)
+        return _fault_of_driver(error.orig) or (Fault.UNAVAILABLE if lost else Fault.OTHER)
+    if isinstance(error, exc.SQLAlchemyError):
+        return Fault.OTHER
+    # While it connects, asyncpg raises its own errors and the system's.
+    return _fault_of_driver(error) or (Fault.UNAVAILABLE if isinstance(error, OSError) else None)
+
+
+def _fault_of_driver(error: BaseException | None) -> Fault | None:
+    sqlstate = getattr(error, "sqlstate", None)
+    if isinstance(sqlstate, str):
+        unavailable = sqlstate.startswith(_UNAVAILABLE_CLASSES)
+        return _SQLSTATES.get(sqlstate, Fault.UNAVAILABLE if unavailable else Fault.OTHER)
+    code = getattr(error, "sqlite_errorcode", None)
+    if isinstance(code, int):
+        return _SQLITE_CODES.get(code & 0xFF, Fault.OTHER)  # the low byte; the rest tells more than is needed
+    number = error.args[0] if error is not None and error.args else None
+    if isinstance(number, int):
+        return _MYSQL_NUMBERS.get(number)
+    return None
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Tell whether the connection broke under a statement, which may or may not have been carried out."""
+    return isinstance(error, exc.DBAPIError) and error.connection_invalidated
+
+
+def error_for(fault: Fault, address: str, table: str) -> StoreError | ConfigurationError:
+    """Return our own error; it says what to do and quotes neither parameters nor the driver's words."""
+    match fault:
+        case Fault.LOCKED:
+            return RowLockedError(f"{address}: the record is locked by another transaction; try again")
+        case Fault.CONFLICT:
+            return StoreUnavailableError(f"{address}: other transactions stood in the way several times; try again")
+        case Fault.MISSING_TABLE:
+            return MissingTableError(f"{address} has no table {table}; run: idem-tasks init-db")
+        case Fault.UNKNOWN_COLUMN:
+            return ConfigurationError(f"{address}: the table {table} is of an older version; run: idem-tasks upgrade")
+        case Fault.READ_ONLY:
+            return StoreError(
+                f"{address} is read-only, perhaps a replica; point the database URL to the primary server, "
+                "or let this user write"
+            )
+        case Fault.DENIED:
+            return ConfigurationError(
+                f"{address} refuses this user; check the user and password in the database URL, and that the user "
+                f"may SELECT, INSERT, UPDATE and DELETE in {table}"
+            )
+        case Fault.NO_DATABASE:
+            return ConfigurationError(f"{address}: there is no such database; check the database URL or create it")
+        case Fault.NO_FILE:
+            return ConfigurationError(
+                f"{address} cannot be opened; check that its folder exists and may be written to, and that the file "
+                "is an SQLite database"
+            )
+        case Fault.POOL_EXHAUSTED:
+            return StoreUnavailableError(f"{address}: all connections of this process are in use; try again")
+        case Fault.UNAVAILABLE:
+            return StoreUnavailableError(
+                f"{address} cannot be reached; check that it runs, and the host, port, user, password and database "
+                "in its URL"
+            )
+        case Fault.SQLITE_STATEMENT | Fault.OTHER:
+            return StoreError(f"{address} answered with an error; its cause is attached")

@@ -1,0 +1,385 @@
+"""Every statement of the SQL store, built once for a table and a kind of database, and used again at each call.
+
+Parameters begin with `at_` for the place of the record (scope and key), `seen_` for what a compare-and-set expects
+to find, `new_` for what it writes, and otherwise have names of their own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal, TypeAlias
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ColumnElement,
+    Executable,
+    Float,
+    Integer,
+    Row,
+    Select,
+    String,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    case,
+    column,
+    delete,
+    exists,
+    func,
+    literal,
+    literal_column,
+    null,
+    or_,
+    select,
+    tuple_,
+    union_all,
+    update,
+)
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.sql.dml import Insert, Update
+from sqlalchemy.types import TypeEngine
+
+from idem_tasks.claims import State
+from idem_tasks.stores.schema import records_table
+from idem_tasks.stores.sql_clock import after, after_seconds, clock_microseconds, later_of, now, seconds_until
+
+AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
+
+Kind = Literal["postgresql", "sqlite", "mariadb", "mysql"]
+"""MariaDB and MySQL are told apart because only MariaDB has RETURNING."""
+
+ENDED = (State.COMPLETED, State.FAILED)
+PURGEABLE = (*ENDED, State.RELEASED)
+FENCED = (State.RUNNING, State.IN_DOUBT)
+"""The states in which a record still obeys the claim whose fencing token and owner it carries."""
+
+
+@cache
+def statements_for(kind: Kind, schema: str | None, prefix: str) -> Statements:
+    """Return the statements, always the same ones, so that SQLAlchemy compiles each of them once."""
+    return Statements(kind, records_table(schema, prefix))
+
+
+class Statements:
+    """The statements for one table on one kind of database."""
+
+    def __init__(self, kind: Kind, table: Table) -> None:
+        self.kind = kind
+        self._table = table
+        self._columns = table.c
+        self._at_place = and_(
+            table.c.scope == bindparam("at_scope"),
+            table.c.key == bindparam("at_key"),
+        )
+        self._held = and_(table.c.state == State.RUNNING, table.c.lease_expires_at > now())
+        self._make_claim()
+        self._make_fenced()
+        self._make_renewals()
+        self._make_admin()
+
+    # Claim
+
+    def _make_claim(self) -> None:
+        c = self._columns
+        answer = (
+            c.state,
+            c.fencing_token,
+            c.owner,
+            c.fingerprint,
+            c.attempts,
+            c.failures,
+            c.crashes,
+            c.generation,
+            c.outcome,
+            c.codec,
+            c.not_kept,
+            c.error_type,
+            c.error_message,
+            c.traceparent,
+            seconds_until(c.lease_expires_at).label("lease_left"),
+            seconds_until(c.expires_at).label("retention_left"),
+            clock_microseconds().label("clock"),
+        )
+        self.read = select(*answer).where(self._at_place)
+        """The record as a claim sees it."""
+
+        granted = {
+            "state": literal(State.RUNNING.value),
+            "owner": self._new("owner"),
+            "fingerprint": self._new("fingerprint"),
+            "lease_expires_at": after_seconds("lease"),
+            "holder": self._new("holder"),
+            "updated_at": now(),
+            "expires_at": after_seconds("lifetime"),
+            "traceparent": self._new("traceparent"),
+        }
+        first = {
+            "scope": bindparam("at_scope", type_=c.scope.type),
+            "key": bindparam("at_key", type_=c.key.type),
+            **granted,
+            "fencing_token": clock_microseconds(),
+            "attempts": literal(1, Integer),
+            "failures": literal(0, Integer),
+            "crashes": literal(0, Integer),
+            "created_at": now(),
+            "generation": literal(1, Integer),
+        }
+        self.claim: Executable
+        """Inserts a running record unless there is one, and returns (MySQL: only inserts) what is there now.
+
+        No row: it came or went meanwhile (PostgreSQL), or was there before (SQLite, which has to read it).
+        """
+        if self.kind == "postgresql":
+            # It reads first: a duplicate then burns no transaction id and writes nothing.
+            seen = self.read.cte("seen")
+            values = select(*first.values()).where(~exists(select(seen.c.state)))
+            claim = (
+                postgresql.insert(self._table)
+                .from_select(list(first), values)
+                .on_conflict_do_nothing()
+                .returning(*answer)
+                .cte("claim")
+            )
+            self.claim = union_all(select(seen), select(claim))
+        elif self.kind == "mysql":
+            self.claim = self._unless_there(first)
+        else:
+            self.claim = self._unless_there(first).returning(*answer)
+
+        unchanged = and_(
+            c.fencing_token == bindparam("seen_token"),
+            c.owner == bindparam("seen_owner"),
+            c.state == bindparam("seen_state"),
+        )
+        dead = and_(c.state == State.RUNNING, c.lease_expires_at <= now())
+        over = and_(c.state.in_(PURGEABLE), c.expires_at <= now())
+        self.take: Update = (
+            update(self._table)
+            .where(self._at_place, unchanged, or_(c.state == State.RELEASED, dead, over))
+            .values(
+                granted
+                | {
+                    "fencing_token": self._new("fencing_token"),
+                    "attempts": self._new("attempts"),
+                    "failures": self._new("failures"),
+                    "crashes": self._new("crashes"),
+                    "generation": self._new("generation"),
+                    "attention": null(),
+                }
+            )
+        )
+        """Grants a record that was seen free, if it is still as it was seen (F6)."""
+        self.take_afresh: Update = self.take.values(
+            created_at=now(),
+            completed_at=null(),
+            outcome=null(),
+            codec=null(),
+            not_kept=null(),
+            error_type=null(),
+            error_message=null(),
+        )
+        """The same for a record whose retention is over: a new generation of it."""
+        self.set_aside: Update = (
+            update(self._table)
+            .where(self._at_place, unchanged, dead)
+            .values(
+                state=self._new("state"), attention=self._new("state"), crashes=self._new("crashes"), updated_at=now()
+            )
+        )
+        """Puts a dead claim in doubt or parks it; its token and owner stay, so that its late finish still counts."""
+
+    def _new(self, name: str) -> ColumnElement[Any]:
+        return bindparam(f"new_{name}", type_=self._columns[name].type)
+
+    def _unless_there(self, values: dict[str, Any]) -> Insert:
+        if self.kind == "postgresql":
+            return postgresql.insert(self._table).values(values).on_conflict_do_nothing()
+        if self.kind == "sqlite":
+            return sqlite.insert(self._table).values(values).on_conflict_do_nothing()
+        # Not INSERT IGNORE, which ignores much else. The update changes nothing, but makes RETURNING give the row.
+        return mysql.insert(self._table).values(values).on_duplicate_key_update(owner=self._columns.owner)
+
+    # Finish, release: under the fence
+
+    def _make_fenced(self) -> None:
+        c = self._columns
+        at_fence = and_(
+            self._at_place,
+            c.fencing_token == bindparam("seen_token"),
+            c.owner == bindparam("seen_owner"),
+            c.state.in_(FENCED),
+        )
+        outcome = {
+            name: self._new(name)
+            for name in ("state", "outcome", "codec", "not_kept", "error_type", "error_message", "attention")
+        }
+        ended = outcome | {
+            "completed_at": now(),
+            "updated_at": now(),
+            # Set when it was granted; changes, and is no HOT update, only after a very long run (F61).
+            "expires_at": later_of(c.expires_at, after_seconds("retention")),
+        }
+        self.finish: Update = update(self._table).where(at_fence).values(ended)
+        self.insert_finished = self._unless_there(
+            ended
+            | {
+                "scope": bindparam("at_scope", type_=c.scope.type),
+                "key": bindparam("at_key", type_=c.key.type),
+                "fencing_token": bindparam("seen_token", type_=c.fencing_token.type),
+                "owner": bindparam("seen_owner", type_=c.owner.type),
+                "fingerprint": self._new("fingerprint"),
+                "attempts": self._new("attempts"),
+                "failures": self._new("failures"),
+                "crashes": self._new("crashes"),
+                "generation": self._new("generation"),
+                "holder": self._new("holder"),
+                "traceparent": self._new("traceparent"),
+                "lease_expires_at": now(),
+                "created_at": now(),
+                "expires_at": after_seconds("retention"),
+            }
+        )
+        """Writes a finished record whose claim was lost with the database's last moments; never over another."""
+        self.release: Update = (
+            update(self._table)
+            .where(at_fence)
+            .values(
+                {name: self._new(name) for name in ("state", "failures", "attention", "error_type", "error_message")}
+                | {"lease_expires_at": now(), "updated_at": now()}
+            )
+        )
+
+        unchanged = and_(
+            c.fencing_token == bindparam("seen_token"),
+            c.owner == bindparam("seen_owner"),
+            c.state == bindparam("seen_state"),
+        )
+        resolve = (
+            update(self._table)
+            .where(self._at_place, unchanged, ~self._held)
+            .values(
+                fencing_token=self._new("fencing_token"),
+                owner=self._new("owner"),
+                lease_expires_at=now(),
+                updated_at=now(),
+            )
+        )
+        self.resolve_released: Update = resolve.values(state=State.RELEASED.value, attention=null())
+        self.resolve_ended: Update = resolve.values(ended)
+
+    # Renew
+
+    def _make_renewals(self) -> None:
+        c = self._columns
+        places = tuple_(c.scope, c.key).in_(bindparam("places", expanding=True))
+        self.lock_running = (
+            select(c.scope, c.key, c.fencing_token, c.owner)
+            .where(places, c.state == State.RUNNING)
+            .order_by(c.scope, c.key)
+            .with_for_update(skip_locked=True)
+        )
+        self.renew_locked = update(self._table).where(places).values(_renewed(after_seconds("lease")))
+        self.delete_locked = delete(self._table).where(places)
+        """For MariaDB and MySQL, which can do neither in one statement: lock what is not locked, then write it."""
+        if self.kind == "postgresql":
+            self.renew: Executable = self._renew_from_arrays()
+        elif self.kind == "sqlite":
+            self.renew = self._renew_from_json()
+
+    def _renew_from_arrays(self) -> Executable:
+        c = self._columns
+        kinds: dict[str, TypeEngine[Any]] = {
+            "scope": String(),
+            "key": String(),
+            "token": BigInteger(),
+            "owner": String(),
+            "lease": Float(),
+        }
+        arrays: list[ColumnElement[Any]] = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in kinds.items()]
+        wanted = (
+            func.unnest(*arrays)
+            .table_valued(*(column(name, kind) for name, kind in kinds.items()), name="wanted")
+            .render_derived()
+        )
+        free = (
+            select(c.scope, c.key, wanted.c.lease)
+            .join(wanted, and_(c.scope == wanted.c.scope, c.key == wanted.c.key))
+            .where(c.fencing_token == wanted.c.token, c.owner == wanted.c.owner, c.state == State.RUNNING)
+            .order_by(c.scope, c.key)
+            .with_for_update(of=self._table, skip_locked=True)
+            .cte("free")
+        )
+        return (
+            update(self._table)
+            .where(c.scope == free.c.scope, c.key == free.c.key)
+            .values(_renewed(after(free.c.lease)))
+            .returning(c.owner)
+        )
+
+    def _renew_from_json(self) -> Executable:
+        c = self._columns
+        wanted = func.json_each(bindparam("leases", type_=Text())).table_valued("value", name="wanted")
+
+        def item(index: int) -> ColumnElement[Any]:
+            return func.json_extract(wanted.c.value, literal_column(f"'$[{index}]'"))
+
+        return (
+            update(self._table)
+            .where(
+                c.scope == item(0),
+                c.key == item(1),
+                c.fencing_token == item(2),
+                c.owner == item(3),
+                c.state == State.RUNNING,
+            )
+            .values(_renewed(after(item(4))))
+            .returning(c.owner)
+        )
+
+    # People
+
+    def _make_admin(self) -> None:
+        c = self._columns
+        overdue = and_(c.state == State.RUNNING, c.lease_expires_at <= now())
+        attention = case((overdue, "overdue"), else_=c.attention).label("attention")
+        self._all = select(*(attention if each is c.attention else each for each in c))
+        self.get = self._all.where(self._at_place)
+        self.forget = delete(self._table).where(self._at_place, ~self._held)
+        self.stats = select(c.state, func.count().label("number")).group_by(c.state)
+
+        # In a subquery of its own it is worked out once, so that PostgreSQL can use the index.
+        cut = select(after_seconds("cut")).scalar_subquery()
+        self.doomed = (
+            select(c.scope, c.key)
+            .where(c.expires_at < cut, c.state.in_(PURGEABLE))
+            .order_by(c.expires_at)
+            .limit(bindparam("limit", type_=Integer()))
+            .with_for_update(skip_locked=True)
+        )
+        if self.kind == "postgresql":
+            doomed = self.doomed.cte("doomed")
+            self.purge: Executable = (
+                delete(self._table).where(c.scope == doomed.c.scope, c.key == doomed.c.key).returning(c.scope, c.key)
+            )
+        elif self.kind == "sqlite":
+            self.purge = delete(self._table).where(tuple_(c.scope, c.key).in_(self.doomed)).returning(c.scope, c.key)
+
+    @cache  # noqa: B019 (there are as many as kinds of databases in use, and they live as long as the process)
+    def records(self, *, by_state: bool, by_scope: bool, after: bool) -> Select[Any]:
+        """Return the statement for one page of a listing."""
+        c = self._columns
+        page = self._all.order_by(c.scope, c.key).limit(bindparam("limit", type_=Integer()))
+        if by_state:
+            page = page.where(c.state == bindparam("in_state"))
+        if by_scope:
+            page = page.where(c.scope == bindparam("in_scope"))
+        if after:
+            further_on = and_(c.scope == bindparam("at_scope"), c.key > bindparam("at_key"))
+            page = page.where(or_(c.scope > bindparam("at_scope"), further_on))
+        return page
+
+
+def _renewed(until: ColumnElement[Any]) -> dict[str, Any]:
+    return {"lease_expires_at": until, "updated_at": now()}
