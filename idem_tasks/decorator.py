@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, cast
 
@@ -87,12 +89,13 @@ def _blocking_wrapper(task: IdempotentFunction) -> Callable[..., Any]:
     @functools.wraps(task.function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         host = hosts.find(wrapper)
+        call = task.call(args, kwargs, host)
         try:
-            return run_sync(perform(task.call(args, kwargs, host), task.function, args, kwargs))
+            return run_sync(perform(call, task.function, args, kwargs))
         except HandlerStopIteration as carrier:
             raise carrier.error from None
         except BaseException as error:
-            settled = error if host is None else host.settle(error)
+            settled = error if host is None else host.settle(error, call.announce)
             if settled is error:
                 raise
             raise settled from error
@@ -101,11 +104,33 @@ def _blocking_wrapper(task: IdempotentFunction) -> Callable[..., Any]:
 
 
 def _asyncio_wrapper(task: IdempotentFunction) -> Callable[..., Coroutine[Any, Any, Any]]:
-    @functools.wraps(task.function)
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return await perform(task.call(args, kwargs, None), task.function, args, kwargs)
+    """A plain function that returns the coroutine: a host that is not going to await it has to refuse the call."""
 
-    return wrapper
+    @functools.wraps(task.function)
+    def wrapper(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        return run(hosts.find(wrapper), args, kwargs)
+
+    @functools.wraps(task.function)
+    async def run(host: Host | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        call = task.call(args, kwargs, host)
+        try:
+            return await perform(call, task.function, args, kwargs)
+        except BaseException as error:
+            settled = error if host is None else await asyncio.to_thread(host.settle, error, call.announce)
+            if settled is error:
+                raise
+            raise settled from error
+
+    return _marked_as_coroutine_function(wrapper)
+
+
+def _marked_as_coroutine_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `inspect.iscoroutinefunction` say True of a function that returns a coroutine."""
+    if sys.version_info >= (3, 12):
+        return inspect.markcoroutinefunction(function)
+    # Python 3.11 looks at this flag only to answer that question: calls go by the bytecode.
+    function.__code__ = function.__code__.replace(co_flags=function.__code__.co_flags | inspect.CO_COROUTINE)
+    return function
 
 
 class IdempotentFunction:
@@ -134,6 +159,11 @@ class IdempotentFunction:
     def idempotency(self) -> Idempotency:
         """The `Idempotency` that it uses: its own, or the process-wide one."""
         return self._resolve()[0]
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the handler is a coroutine function."""
+        return self._runtime == "asyncio"
 
     @property
     def policy(self) -> Policy:

@@ -40,11 +40,11 @@ class Host(Protocol):
         """Tell whether the handler itself asked for another delivery, and so knows that nothing happened."""
         ...
 
-    def settle(self, error: BaseException) -> BaseException:
+    def settle(self, error: BaseException, announce: Callable[..., None]) -> BaseException:
         """Return what to raise to the framework instead of `error`, or `error` itself.
 
         An error of ours that must not be acknowledged (in progress, lease lost, store unavailable) is put back
-        for a later delivery before this returns.
+        for a later delivery before this returns, and announced (`Call.announce`).
         """
         ...
 
