@@ -70,6 +70,11 @@ _MYSQL_NUMBERS = {
     1049: Fault.NO_DATABASE,
 }
 
+_MYSQL_UNAVAILABLE = frozenset(
+    {1021, 1040, 1041, 1053, 1114, 1152, 1158, 1159, 1160, 1161, 1203, 1226, 1317, 1927, 1969, 3024, 4031}
+)
+"""Out of disk, memory or connections; shut down, interrupted or cut off."""
+
 _SQLITE_CODES = {
     sqlite3.SQLITE_ERROR: Fault.SQLITE_STATEMENT,
     sqlite3.SQLITE_BUSY: Fault.LOCKED,
@@ -102,6 +107,10 @@ def fault_of(error: Exception) -> Fault | None:
 
 
 def _fault_of_driver(error: BaseException | None) -> Fault | None:
+    # MySQL's numbers come first: its SQLSTATEs, which some drivers tell too, say less.
+    number = error.args[0] if error is not None and error.args else None
+    if isinstance(number, int) and not isinstance(error, OSError):
+        return _fault_of_mysql(number)
     sqlstate = getattr(error, "sqlstate", None)
     if isinstance(sqlstate, str):
         unavailable = sqlstate.startswith(_UNAVAILABLE_CLASSES)
@@ -109,10 +118,14 @@ def _fault_of_driver(error: BaseException | None) -> Fault | None:
     code = getattr(error, "sqlite_errorcode", None)
     if isinstance(code, int):
         return _SQLITE_CODES.get(code & 0xFF, Fault.OTHER)  # the low byte; the rest tells more than is needed
-    number = error.args[0] if error is not None and error.args else None
-    if isinstance(number, int):
-        return _MYSQL_NUMBERS.get(number)
     return None
+
+
+def _fault_of_mysql(number: int) -> Fault:
+    # Below 1,000 it is the system's errno, or 0 for a closed connection; in 2,000 to 2,999 the client's own.
+    if number < 1000 or 2000 <= number < 3000 or number in _MYSQL_UNAVAILABLE:
+        return Fault.UNAVAILABLE
+    return _MYSQL_NUMBERS.get(number, Fault.OTHER)
 
 
 def is_lost_connection(error: Exception) -> bool:
