@@ -1,0 +1,6 @@
+-- Deletes the marker if it is exactly this one.
+-- ARGV: value
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+  return redis.call('DEL', KEYS[1])
+end
+return 0

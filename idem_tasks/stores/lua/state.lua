@@ -1,0 +1,2 @@
+-- Returns the record's state.
+return redis.call('HGET', KEYS[1], 'state')

@@ -1,0 +1,280 @@
+"""Markers as values of Redis keys: what they look like, and how each verb changes one in one atomic step.
+
+A marker is `running:<owner>:<fingerprint>`, `pending:<owner>:<outcome>` or `finished:<outcome>`. The part in front
+of an outcome is text, so that a script can tell whose marker stands there; the outcome is MessagePack.
+Nothing here imports a client: `Server` is all that is needed of one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from idem_tasks.claims import ClaimRequest, EncodedOutcome, Finished, Lease, NotKept, State
+from idem_tasks.errors import StoreError
+from idem_tasks.stores.base import MarkerAnswer, MarkerFinished, MarkerPending, MarkerRunning, MarkerTaken
+from idem_tasks.stores.lua import script
+
+Argument = bytes | int
+"""What is sent to Redis."""
+
+
+class Server(Protocol):
+    """What the markers and records in Redis need of a connection: single-key commands, one round trip each.
+
+    Raises `StoreUnavailableError`, `StoreError` and `ConfigurationError`, never the client's own errors.
+    """
+
+    async def set_if_absent(self, key: bytes, value: bytes, milliseconds: int) -> bytes | None:
+        """Set the key for so many milliseconds unless it is there; return what stood there."""
+        ...
+
+    async def milliseconds_left(self, key: bytes) -> int:
+        """Return what is left of the key's time: -1 if it has none, -2 if there is no such key."""
+        ...
+
+    async def run(self, text: str, key: bytes, *arguments: Argument) -> Any:
+        """Run a script on one key."""
+        ...
+
+    async def run_each(self, text: str, calls: Sequence[tuple[bytes, Sequence[Argument]]]) -> list[Any]:
+        """Run a script on many keys, each with its arguments, in one round trip (in a cluster, one per node)."""
+        ...
+
+    async def delete(self, keys: Sequence[bytes]) -> None:
+        """Delete these keys in one round trip (in a cluster, one per node)."""
+        ...
+
+
+class _Outcome(msgspec.Struct, array_like=True, frozen=True):
+    """An outcome in a marker. New fields go last and get a default: markers of two versions meet in an upgrade."""
+
+    state: Literal["completed", "failed"]
+    body: bytes | None
+    codec: str | None
+    not_kept: NotKept | None
+    error_type: str | None
+    error_message: str | None
+    fingerprint: str | None
+    fencing_token: int | None
+    traceparent: str | None
+    expires_at: float
+
+    @classmethod
+    def of(
+        cls,
+        outcome: EncodedOutcome,
+        *,
+        fingerprint: str | None,
+        fencing_token: int | None,
+        traceparent: str | None,
+        expires_in: float,
+    ) -> _Outcome:
+        return cls(
+            state="failed" if outcome.state is State.FAILED else "completed",
+            body=outcome.body,
+            codec=outcome.codec,
+            not_kept=outcome.not_kept,
+            error_type=printable(outcome.error_type),
+            error_message=printable(outcome.error_message),
+            fingerprint=fingerprint,
+            fencing_token=fencing_token,
+            traceparent=traceparent,
+            expires_at=time.time() + expires_in,
+        )
+
+    @property
+    def encoded(self) -> EncodedOutcome:
+        return EncodedOutcome(
+            State.FAILED if self.state == "failed" else State.COMPLETED,
+            self.body,
+            self.codec,
+            self.not_kept,
+            self.error_type,
+            self.error_message,
+        )
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Outcome).decode
+
+_TAKE_BACK = script("delete_own")
+_RENEW = script("renew_marker")
+_PUBLISH = script("publish")
+_KEEP = script("keep")
+_DROP_EXACT = script("delete_exact")
+
+
+def place(prefix: bytes, scope: str, key: str) -> bytes:
+    """Return the Redis key for a scope and key: two different pairs never share one, whatever is in them."""
+    name = scope.encode()
+    return b"%s%d:%s:%s" % (prefix, len(name), name, key.encode())
+
+
+def milliseconds(seconds: float) -> int:
+    """Return whole milliseconds, rounded up and at least 1: Redis refuses a time to live of 0."""
+    return max(math.ceil(seconds * 1000), 1)
+
+
+def printable(text: str | None) -> str | None:
+    """Return the text with lone surrogates, which UTF-8 does not have, written as escapes."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
+
+
+def _running(owner: str) -> bytes:
+    """Return how a running marker of this owner begins; owners are hex digits, so no owner begins like another."""
+    return b"running:%s:" % owner.encode()
+
+
+def _pending(owner: str) -> bytes:
+    return b"pending:%s:" % owner.encode()
+
+
+def _running_value(request: ClaimRequest) -> bytes:
+    return _running(request.owner) + (request.fingerprint or "").encode()
+
+
+class RedisMarkers:
+    """The verbs of a `Marker` on a `Server`. One round trip each; `take` needs a second for another's running one.
+
+    Every key it writes has a time to live, and every change sets a new one.
+    """
+
+    def __init__(self, server: Server, prefix: str) -> None:
+        self._server = server
+        self._marker_prefix = f"{prefix}m:".encode()
+
+    async def take(self, request: ClaimRequest) -> MarkerAnswer:
+        """Set our running marker if there is none, else tell what stands there.
+
+        Raises `StoreError` for what is no marker of ours, or one that never expires: then the record decides, and
+        nothing is guessed.
+        """
+        key = self._place(request.scope, request.key)
+        lease = milliseconds(request.policy.lease)
+        standing = await self._server.set_if_absent(key, _running_value(request), lease)
+        if standing is None or standing.startswith(_running(request.owner)):
+            # Ours already: the first try was stored and its reply lost (F22).
+            return MarkerTaken()
+        kind, _, rest = standing.partition(b":")
+        if kind == b"finished":
+            return _read_finished(rest, key)
+        if kind == b"running":
+            return MarkerRunning(await self._time_left(key))
+        if kind == b"pending":
+            return _read_pending(rest, standing, key)
+        raise _unreadable(key)
+
+    async def _time_left(self, key: bytes) -> float:
+        left = await self._server.milliseconds_left(key)
+        if left == _NO_EXPIRY:
+            # None of our commands leaves such a key. Waiting for it to end would be waiting for ever (F33).
+            raise StoreError(f"the marker {_shown(key)} in Redis never expires; delete it")
+        return max(left, 0) / 1000
+
+    async def give_back(self, scope: str, key: str, owner: str) -> None:
+        """Delete our own running marker, and nobody else's."""
+        await self._server.run(_TAKE_BACK, self._place(scope, key), _running(owner))
+
+    async def renew_markers(self, leases: Sequence[Lease]) -> None:
+        """Extend our own running markers and put back those that are gone; leave everybody else's."""
+        await self._server.run_each(
+            _RENEW,
+            [
+                (
+                    self._place(lease.scope, lease.key),
+                    (_running(lease.owner), _running_value(lease.request), milliseconds(lease.policy.lease)),
+                )
+                for lease in leases
+            ],
+        )
+
+    async def publish(self, scope: str, key: str, owner: str, finished: Finished, ttl: float) -> None:
+        """Replace our own running or pending marker by the outcome for `ttl` seconds; leave anything else (F53)."""
+        value = _Outcome.of(
+            finished.outcome,
+            fingerprint=finished.fingerprint,
+            fencing_token=finished.fencing_token,
+            traceparent=finished.traceparent,
+            expires_in=finished.expires_in,
+        )
+        await self._server.run(
+            _PUBLISH,
+            self._place(scope, key),
+            _running(owner),
+            _pending(owner),
+            b"finished:" + _encode(value),
+            milliseconds(ttl),
+        )
+
+    async def keep(self, lease: Lease, outcome: EncodedOutcome) -> bool:
+        """Keep a pending outcome for the retention, over our own marker or none; False if another's stands there."""
+        retention = lease.policy.retention
+        value = _Outcome.of(
+            outcome,
+            fingerprint=lease.request.fingerprint,
+            fencing_token=lease.fencing_token,
+            traceparent=lease.request.traceparent,
+            expires_in=retention,
+        )
+        kept = await self._server.run(
+            _KEEP,
+            self._place(lease.scope, lease.key),
+            _running(lease.owner),
+            _pending(lease.owner),
+            _pending(lease.owner) + _encode(value),
+            milliseconds(retention),
+        )
+        return bool(kept)
+
+    async def drop_pending(self, scope: str, key: str, pending: MarkerPending) -> None:
+        """Delete exactly this pending marker."""
+        await self._server.run(_DROP_EXACT, self._place(scope, key), pending.raw)
+
+    async def drop(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Delete whatever markers stand at these scopes and keys."""
+        await self._server.delete([self._place(scope, key) for scope, key in keys])
+
+    def _place(self, scope: str, key: str) -> bytes:
+        return place(self._marker_prefix, scope, key)
+
+
+_NO_EXPIRY = -1
+"""What PTTL answers for a key without a time to live."""
+
+
+def _read_finished(text: bytes, key: bytes) -> MarkerFinished:
+    found = _read(text, key)
+    # By the workers' clocks, for want of a second round trip. Only Redis' own time to live decides how long it stands.
+    left = max(found.expires_at - time.time(), 0.0)
+    return MarkerFinished(Finished(found.encoded, found.fingerprint, left, found.fencing_token, found.traceparent))
+
+
+def _read_pending(text: bytes, raw: bytes, key: bytes) -> MarkerPending:
+    owner, _, rest = text.partition(b":")
+    found = _read(rest, key)
+    if found.fencing_token is None:
+        raise _unreadable(key)
+    return MarkerPending(owner.decode("utf-8", "replace"), found.fencing_token, found.fingerprint, found.encoded, raw)
+
+
+def _read(text: bytes, key: bytes) -> _Outcome:
+    try:
+        return _decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _unreadable(key) from error
+
+
+def _unreadable(key: bytes) -> StoreError:
+    return StoreError(
+        f"the value of {_shown(key)} in Redis is no marker that this version can read; "
+        "delete it, or give the store a prefix that nothing else uses"
+    )
+
+
+def _shown(key: bytes) -> str:
+    return repr(key.decode("utf-8", "replace"))

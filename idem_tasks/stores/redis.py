@@ -1,0 +1,551 @@
+"""Redis as the marker tier, or as a whole store: connecting, what its errors mean, and a test of what it can do.
+
+The markers are in `marker.py`, the records in `redis_records.py`. This is the only module that knows the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import re
+import secrets
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import redis
+import redis.asyncio
+from redis import exceptions
+from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode
+from redis.connection import parse_url
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from idem_tasks.errors import ConfigurationError, IdemTasksError, StoreError, StoreUnavailableError
+from idem_tasks.events import Announcer
+from idem_tasks.runtime import resolve
+from idem_tasks.stores.base import RuntimeName
+from idem_tasks.stores.breaker import CircuitBreaker
+from idem_tasks.stores.lua import script
+from idem_tasks.stores.marker import Argument, RedisMarkers
+from idem_tasks.stores.redis_records import RedisRecords
+from idem_tasks.stores.redis_urls import Address, parse_address
+
+T = TypeVar("T")
+
+RedisClient = redis.Redis | redis.RedisCluster | redis.asyncio.Redis | redis.asyncio.RedisCluster
+
+_RETRIES = 1
+"""A connection that died while it was idle is made anew once. Timeouts are not retried: each would cost another one."""
+
+_PROBE_TTL = 60_000
+"""Milliseconds after which a key of the self-test is gone, also if the test was killed."""
+
+
+class RedisStore(RedisMarkers, RedisRecords):
+    """Markers in front of a `SQLStore` (in a `TieredStore`), or records of its own where Redis' durability is enough.
+
+    `url_or_client` is one of
+    - `redis://[user:password@]host[:port][/db]`, the same with `rediss://` (TLS), `valkey://` and `valkeys://`,
+      and `unix://[user:password@]/path[?db=n]`;
+    - `redis+sentinel://[user:password@]host:port,host:port/service[/db]`, which follows the service's primary;
+      `?sentinel_username=` and `?sentinel_password=` are for the Sentinels themselves;
+    - `redis+cluster://[user:password@]host:port,host:port`; `rediss+sentinel` and `rediss+cluster` use TLS;
+    - a client of redis-py, blocking or asyncio, which then serves that runtime only, stays its maker's to close, and
+      keeps its own timeouts and retries. An asyncio client belongs to one event loop; a URL serves any number.
+
+    `prefix` begins every key; change it after Redis was restored from a snapshot. `socket_timeout` (seconds, for
+    connecting and for each reply) is to stay well below a sixth of the shortest lease, so that a renewal in trouble
+    is over before the next one is due. A lost connection is made anew once; timeouts are not retried. Once a server
+    cannot be reached, calls fail at once, and one is let through as a try after 1 s, then 2, 4 .. at most 30 s.
+
+    Clients are made at the first call, one per process and one per event loop. Each first tests by trying them, on
+    a key of its own, the commands everything rests on, and whether `SET NX GET` (7.0) is one command here or a small
+    script (6.2).
+
+    Raises `ConfigurationError` for a URL or client that cannot work, and at the first call for a refused password
+    or a server that ignores NX or PX; `StoreUnavailableError` where Redis cannot be reached; `StoreError` where it
+    answers with an error. None of them shows a password.
+
+    As a whole store it keeps one hash per record, each verb one script and one round trip. Every key has a time to
+    live: a completed, failed or released record ends by itself with its retention, any other a year after its last
+    change of state.
+    """
+
+    def __init__(self, url_or_client: str | RedisClient, *, prefix: str = "idem:", socket_timeout: float = 2.0) -> None:
+        if not isinstance(prefix, str):
+            raise ConfigurationError(f"prefix must be a string, not {type(prefix).__name__}")
+        if isinstance(url_or_client, str):
+            opener: _Opener = _FromAddress(parse_address(url_or_client), socket_timeout)
+        else:
+            opener = _Given(url_or_client)
+        self._prefix = prefix
+        self._opener = opener
+        self._siblings: dict[RuntimeName, RedisStore] = {}
+        self._serve("blocking" if "blocking" in opener.runtimes else "asyncio")
+
+    def _serve(self, runtime: RuntimeName) -> None:
+        self._connection = _Connection(self._opener, runtime, self._prefix)
+        RedisMarkers.__init__(self, self._connection, self._prefix)
+        RedisRecords.__init__(self, self._connection, self._prefix)
+        self._siblings[runtime] = self
+
+    def __repr__(self) -> str:
+        return f"<RedisStore {self._opener.name} {self._prefix!r}>"
+
+    @property
+    def runtimes(self) -> frozenset[RuntimeName]:
+        """Both with a URL; with a client, the one it was made for."""
+        return self._opener.runtimes
+
+    def on(self, runtime: RuntimeName, announce: Announcer) -> RedisStore:
+        """Return the one store that `runtime` shares; raises `ConfigurationError` if it cannot serve it."""
+        if runtime not in self.runtimes:
+            raise ConfigurationError(
+                f"this RedisStore was given {self._opener.name}, which does not serve {runtime} handlers; "
+                "give it a URL, which serves both"
+            )
+        if runtime not in self._siblings:
+            sibling = object.__new__(RedisStore)
+            sibling._prefix, sibling._opener, sibling._siblings = self._prefix, self._opener, self._siblings
+            sibling._serve(runtime)
+        return self._siblings[runtime]
+
+    async def prepare(self) -> None:
+        """Connect, and test once per client that the server does what is needed of it."""
+        await self._connection.test()
+
+    async def close(self) -> None:
+        """Close this process's connections, or this event loop's; they are opened again when needed."""
+        await self._connection.close()
+
+
+# Clients: where they come from.
+
+
+class _FromAddress:
+    """Makes clients for an address: as many as there are processes and event loops."""
+
+    runtimes: frozenset[RuntimeName] = frozenset({"blocking", "asyncio"})
+    is_ours = True
+
+    def __init__(self, address: Address, socket_timeout: float) -> None:
+        self.name = f"Redis at {address.name}"
+        self.patience = 3 * socket_timeout
+        self._address = address
+        self._options: dict[str, Any] = {
+            "socket_timeout": socket_timeout,
+            "socket_connect_timeout": socket_timeout,
+            "protocol": 2,  # the same replies from every server and proxy, and no HELLO that an old one would refuse
+            "username": address.username,
+            "password": address.password,
+            "ssl": address.tls,
+        }
+        self._sentinel_options = {
+            name: self._options[name] for name in ("socket_timeout", "socket_connect_timeout", "protocol")
+        }
+        if address.kind == "unix":
+            self._options["unix_socket_path"] = address.path
+        if address.kind != "cluster":
+            self._options["db"] = address.db
+        for name, value in _query_options(address.query).items():
+            if name.startswith("sentinel_"):
+                self._sentinel_options[name.removeprefix("sentinel_")] = value
+            else:
+                self._options[name] = value
+
+    def open(self, runtime: RuntimeName) -> Any:
+        """Make a client; that of a blocking cluster connects at once, the others with their first command."""
+        blocking = runtime == "blocking"
+        retry: Any = (Retry if blocking else AsyncRetry)(
+            NoBackoff(), _RETRIES, supported_errors=(exceptions.ConnectionError,)
+        )
+        match self._address.kind:
+            case "cluster":
+                node: Any = ClusterNode if blocking else AsyncClusterNode
+                cluster: Any = redis.RedisCluster if blocking else redis.asyncio.RedisCluster
+                nodes = [node(host, port) for host, port in self._address.hosts]
+                return cluster(startup_nodes=nodes, retry=retry, **self._options)
+            case "sentinel":
+                sentinels: Any = Sentinel if blocking else AsyncSentinel
+                found = sentinels(
+                    self._address.hosts, sentinel_kwargs=self._sentinel_options, retry=retry, **self._options
+                )
+                return found.master_for(self._address.service)
+            case "unix":
+                single: Any = redis.Redis if blocking else redis.asyncio.Redis
+                return single(retry=retry, **self._options)
+            case "single":
+                single = redis.Redis if blocking else redis.asyncio.Redis
+                host, port = self._address.hosts[0]
+                return single(host=host, port=port, retry=retry, **self._options)
+
+
+def _query_options(query: str) -> dict[str, Any]:
+    """Return the options after the `?` of a URL, as redis-py names and reads them."""
+    try:
+        options: dict[str, Any] = parse_url(f"redis://host/?{query}")
+    except ValueError as error:
+        raise ConfigurationError(f"the options in the Redis URL cannot be read: {error}") from None
+    del options["host"]
+    known = inspect.signature(redis.Redis).parameters.keys() | {"sentinel_username", "sentinel_password"}
+    for name in options:
+        if name not in known or name == "decode_responses":
+            raise ConfigurationError(f"{name!r} is no option of a Redis URL here; leave it out")
+    return options
+
+
+class _Given:
+    """A client that somebody else made, and closes."""
+
+    is_ours = False
+    patience = 10.0
+
+    def __init__(self, client: RedisClient) -> None:
+        match client:
+            case redis.Redis() | redis.RedisCluster():
+                self.runtimes: frozenset[RuntimeName] = frozenset({"blocking"})
+            case redis.asyncio.Redis() | redis.asyncio.RedisCluster():
+                self.runtimes = frozenset({"asyncio"})
+            case _:
+                raise ConfigurationError(f"RedisStore takes a URL or a client of redis-py, not {type(client).__name__}")
+        if client.get_encoder().decode_responses:
+            raise ConfigurationError(
+                "RedisStore cannot use a client with decode_responses=True, because outcomes are bytes; "
+                "make one without it, or give a URL"
+            )
+        self.name = f"the given {type(client).__name__} client"
+        self._client = client
+
+    def open(self, runtime: RuntimeName) -> Any:
+        return self._client
+
+
+_Opener = _FromAddress | _Given
+
+
+# One client per process, and per event loop.
+
+
+@dataclass(eq=False, slots=True)
+class _Client:
+    """A client once it is opened, whether it may be called, and what was found out about its server."""
+
+    breaker: CircuitBreaker
+    redis: Any = None
+    tested: bool = False
+    sets_and_gets: bool = False
+    until_loop_ends: AsyncGenerator[None, None] | None = None
+
+
+class _Connection:
+    """The `Server` that a store talks to in one runtime; every command goes through `_call`."""
+
+    def __init__(self, opener: _Opener, runtime: RuntimeName, prefix: str) -> None:
+        self._opener = opener
+        self._runtime = runtime
+        self._prefix = prefix.encode()
+        self._by_process: dict[int, _Client] = {}
+        self._by_loop: weakref.WeakKeyDictionary[Any, _Client] = weakref.WeakKeyDictionary()
+
+    async def set_if_absent(self, key: bytes, value: bytes, milliseconds: int) -> bytes | None:
+        async def send(client: _Client) -> Any:
+            if client.sets_and_gets:
+                return await resolve(client.redis.set(key, value, nx=True, get=True, px=milliseconds))
+            return await resolve(client.redis.eval(_TAKE, 1, key, value, milliseconds))
+
+        standing: bytes | None = await self._call(send)
+        return standing
+
+    async def milliseconds_left(self, key: bytes) -> int:
+        left: int = await self._call(lambda client: resolve(client.redis.pttl(key)))
+        return left
+
+    async def run(self, text: str, key: bytes, *arguments: Argument) -> Any:
+        return await self._call(lambda client: resolve(client.redis.eval(text, 1, key, *arguments)))
+
+    async def run_each(self, text: str, calls: Sequence[tuple[bytes, Sequence[Argument]]]) -> list[Any]:
+        commands = [("EVAL", text, 1, key, *arguments) for key, arguments in calls]
+        return await self._call(lambda client: _pipelined(client.redis, commands)) if commands else []
+
+    async def delete(self, keys: Sequence[bytes]) -> None:
+        commands = [("DEL", key) for key in keys]
+        if commands:
+            await self._call(lambda client: _pipelined(client.redis, commands))
+
+    async def keys(self, beginning: bytes) -> set[bytes]:
+        pattern = re.sub(rb"([\\*?\[\]^-])", rb"\\\1", beginning) + b"*"
+        return await self._call(lambda client: _scanned(client.redis, pattern))
+
+    async def test(self) -> None:
+        """Connect, and test the server unless this client has."""
+
+        async def nothing(client: _Client) -> None:
+            await resolve(client.redis.get(self._prefix + b"test:"))
+
+        await self._call(nothing)
+
+    async def close(self) -> None:
+        if self._runtime == "blocking":
+            client = self._by_process.pop(os.getpid(), None)
+        else:
+            client = self._by_loop.pop(asyncio.get_running_loop(), None)
+        if client is None or client.redis is None or not self._opener.is_ours:
+            return
+        if client.until_loop_ends is not None:
+            await client.until_loop_ends.aclose()
+        else:
+            client.redis.close()
+
+    async def _call(self, send: Callable[[_Client], Awaitable[T]]) -> T:
+        client = self._client()
+        wait = client.breaker.wait()
+        if wait:
+            raise StoreUnavailableError(
+                f"{self._opener.name} could not be reached just now; it is tried again in {wait:.1f} s"
+            ) from client.breaker.reason
+        try:
+            if client.redis is None:
+                await self._open(client)
+            if not client.tested:
+                await self._test(client)
+            reply = await send(client)
+        except _CLIENT_ERRORS as error:
+            explained, away = _explained(error, self._opener.name, new=not client.tested)
+            if away:
+                client.breaker.failed(error)
+            else:
+                client.breaker.answered()
+            raise explained from error
+        except IdemTasksError:
+            raise
+        except BaseException:
+            if self._runtime == "blocking":
+                _drop_idle_connections(client.redis)
+            raise
+        client.breaker.answered()
+        return reply
+
+    def _client(self) -> _Client:
+        """Return this process's or event loop's client; another's is never touched (F27, F54)."""
+        if self._runtime == "blocking":
+            client = self._by_process.get(os.getpid())
+            # No lock, which a fork could leave locked: of two clients made at once, both threads keep the first.
+            return client or self._by_process.setdefault(os.getpid(), self._new())
+        loop = asyncio.get_running_loop()
+        found = self._by_loop.get(loop)
+        if found is None:
+            found = self._by_loop[loop] = self._new()
+        return found
+
+    def _new(self) -> _Client:
+        return _Client(CircuitBreaker(self._opener.patience))
+
+    async def _open(self, client: _Client) -> None:
+        client.redis = self._opener.open(self._runtime)
+        if self._runtime == "asyncio" and self._opener.is_ours:
+            # An event loop that ends closes the generators that are still open in it, and so this client.
+            client.until_loop_ends = _open_until_closed(client.redis)
+            await anext(client.until_loop_ends)
+
+    async def _test(self, client: _Client) -> None:
+        """Find out by trying, never by a version number, whether the server does what everything rests on (F20)."""
+        key = self._prefix + b"test:" + secrets.token_hex(16).encode()
+        taken, taken_again, standing, left, others, own = await _pipelined(
+            client.redis,
+            [
+                ("SET", key, b"a", "NX", "PX", _PROBE_TTL),
+                ("SET", key, b"b", "NX", "PX", _PROBE_TTL),
+                ("GET", key),
+                ("PTTL", key),
+                ("EVAL", _DELETE_EXACT, 1, key, b"b"),
+                ("EVAL", _DELETE_EXACT, 1, key, b"a"),
+            ],
+        )
+        if not taken or taken_again or standing != b"a":
+            await resolve(client.redis.delete(key))
+            raise ConfigurationError(
+                f"{self._opener.name} ignores the NX of SET, so two workers would get the same marker; "
+                "connect to Redis itself, not through this proxy"
+            )
+        if not 0 < left <= _PROBE_TTL:
+            await resolve(client.redis.delete(key))
+            raise ConfigurationError(
+                f"{self._opener.name} ignores the PX of SET, so markers would never expire; "
+                "connect to Redis itself, not through this proxy"
+            )
+        if (others, own) != (0, 1):
+            raise ConfigurationError(f"{self._opener.name} does not run scripts as Redis does; {_NEEDED}")
+        client.sets_and_gets = await self._sets_and_gets(client, key)
+        client.tested = True
+
+    async def _sets_and_gets(self, client: _Client, key: bytes) -> bool:
+        """Tell whether SET NX GET is one command here, and leave no key behind; the last thing to be tried.
+
+        Servers before 7.0 refuse it, and one that ends the connection with every error can be asked nothing more.
+        """
+        try:
+            first = await resolve(client.redis.set(key, b"a", nx=True, get=True, px=_PROBE_TTL))
+            second = await resolve(client.redis.set(key, b"b", nx=True, get=True, px=_PROBE_TTL))
+        except exceptions.ResponseError as error:
+            if _code(error):
+                raise
+            first = second = None
+        await resolve(client.redis.delete(key))
+        return first is None and second == b"a"
+
+
+async def _open_until_closed(client: Any) -> AsyncGenerator[None, None]:
+    try:
+        yield
+    finally:
+        await client.aclose()
+
+
+async def _pipelined(client: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Send all commands before the first reply is read; raise the first error among the replies."""
+    pipeline = client.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)
+    replies: list[Any] = await resolve(pipeline.execute(raise_on_error=False))
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
+
+
+async def _scanned(client: Any, pattern: bytes) -> set[bytes]:
+    """Return all keys like this; SCAN may give one twice."""
+    found: set[bytes] = set()
+    nodes = client.get_primaries() if isinstance(client, _CLUSTERS) else [None]
+    for node in nodes:
+        cursor: Any = 0
+        while True:
+            where = {} if node is None else {"target_nodes": node}
+            cursor, keys = await resolve(client.scan(cursor=cursor, match=pattern, count=1000, **where))
+            found.update(keys)
+            if isinstance(cursor, dict):  # a cluster's client tells each node's own
+                cursor = next(iter(cursor.values()))
+            if not int(cursor):
+                break
+    return found
+
+
+_CLUSTERS = (redis.RedisCluster, redis.asyncio.RedisCluster)
+
+
+def _drop_idle_connections(client: Any) -> None:
+    """Let go of connections that may still carry the reply to an interrupted command.
+
+    A time limit can strike between a command and its reply; the next command on that connection would be answered
+    with the reply to another key. The one in question is among the idle: redis-py has just put it back.
+    """
+    if isinstance(client, redis.RedisCluster):
+        pools = [node.redis_connection.connection_pool for node in client.get_nodes() if node.redis_connection]
+    else:
+        pools = [] if client is None else [client.connection_pool]
+    for pool in pools:
+        pool.disconnect(inuse_connections=False)
+
+
+# What the client's errors mean.
+
+_CLIENT_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
+
+_NEEDED = "it has to be Redis 6.2 or newer, Valkey, or a server that does the same"
+
+_COMMANDS = (
+    "~<prefix>* +set +get +del +pttl +pexpire +eval, and as a whole store also "
+    "+hget +hmget +hgetall +hset +hdel +time +scan"
+)
+
+_CODES: dict[type[Exception], str] = {
+    exceptions.BusyLoadingError: "LOADING",
+    exceptions.ReadOnlyError: "READONLY",
+    exceptions.OutOfMemoryError: "OOM",
+    exceptions.NoPermissionError: "NOPERM",
+    exceptions.MasterDownError: "MASTERDOWN",
+    exceptions.ClusterDownError: "CLUSTERDOWN",
+    exceptions.TryAgainError: "TRYAGAIN",
+    exceptions.AuthenticationWrongNumberOfArgsError: "WRONGPASS",
+    exceptions.AuthenticationError: "WRONGPASS",
+    exceptions.AuthorizationError: "WRONGPASS",
+    exceptions.MovedError: "MOVED",
+}
+"""Redis' error codes, which redis-py takes away from the text of those that have a class of their own."""
+
+_CODE = re.compile(
+    r"(?:^|-)(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOAUTH|NOPERM|NOREPLICAS|OOM|READONLY|UNKILLABLE|WRONGTYPE)\b"
+)
+"""The code at the beginning of an error, or where 6.2 has it in a script's: `ERR Error running script: .. -OOM ..`"""
+
+_AWAY = {
+    "LOADING": "is loading its data; it answers when it has",
+    "CLUSTERDOWN": "is a cluster that is down: some of its slots are served by no node",
+    "MASTERDOWN": "is a replica that has lost its primary",
+    "READONLY": "is a read-only replica; give the primary's address, or follow it with redis+sentinel://",
+    "NOREPLICAS": "does not write while it has too few replicas (min-replicas-to-write)",
+    "TRYAGAIN": "is moving this key to another node",
+}
+_REFUSED = {
+    "OOM": "is out of memory and does not write; raise maxmemory, or choose a volatile-* maxmemory-policy",
+    "BUSY": "is busy with somebody's script; stop that with SCRIPT KILL",
+    "UNKILLABLE": "is busy with somebody's script",
+    "MISCONF": "does not write because it cannot save its data; mend its disk, or see stop-writes-on-bgsave-error",
+    "WRONGTYPE": "has a key of another type in this place; delete it, or choose a prefix that nothing else uses",
+}
+_SETUP = {
+    "WRONGPASS": "refuses the user name or password; mend them in the URL: redis://user:password@host",
+    "NOAUTH": "asks for a password; write it in the URL: redis://user:password@host",
+    "NOPERM": f"does not allow this user a command or key; it needs {_COMMANDS}",
+    "MOVED": "is a node of a cluster; use redis+cluster://",
+}
+
+
+def _code(error: BaseException) -> str:
+    for kind in type(error).__mro__:
+        if kind in _CODES:
+            return _CODES[kind]
+    found = _CODE.search(str(error)) if isinstance(error, exceptions.ResponseError) else None
+    return found[1] if found else ""
+
+
+def _explained(error: BaseException, name: str, *, new: bool) -> tuple[Exception, bool]:
+    """Return the error to raise, and whether it says that nobody answers.
+
+    What is wrong with the set-up is a `ConfigurationError` as long as this client never worked, and a `StoreError`
+    when it did: a password that is changed while workers run must not make them fail their messages.
+    """
+    code = _code(error)
+    wrong_setup = ConfigurationError if new else StoreError
+    if code in _AWAY:
+        return StoreUnavailableError(f"{name} {_AWAY[code]}"), False
+    if code in _REFUSED:
+        return StoreError(f"{name} {_REFUSED[code]}"), False
+    if code in _SETUP:
+        return wrong_setup(f"{name} {_SETUP[code]}"), False
+    text = str(error)
+    if "DB index" in text:
+        return wrong_setup(f"{name} has no database of this number; choose another, or raise `databases`"), False
+    if "Cluster mode is not enabled" in text:
+        return wrong_setup(f"{name} is no cluster; use redis:// instead of redis+cluster://"), False
+    if isinstance(error, exceptions.ResponseError | exceptions.InvalidResponse):
+        if "unknown command" in text.lower():
+            return wrong_setup(f"{name} is too old or lacks a command ({text[:100]}); {_NEEDED}"), False
+        return StoreError(f"{name} answered with an error: {text[:200]}"), False
+    return (
+        StoreUnavailableError(
+            f"{name} cannot be reached ({text[:200]}); is it running, and are host and port of the URL right?"
+        ),
+        True,
+    )
+
+
+_TAKE = script("take")
+_DELETE_EXACT = script("delete_exact")
