@@ -1,6 +1,6 @@
 """The tests' last lines: what was skipped, and why. Under CI=true a skip that not_run_here.py does not name fails."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator
 
 import pytest
@@ -46,5 +46,10 @@ def write(terminalreporter: pytest.TerminalReporter, title: str, tests: dict[str
         terminalreporter.section(title)
     for reason, names in tests.items():
         terminalreporter.line(f"{reason}:")
-        for name in names:
-            terminalreporter.line(f"  {name}")
+        for name, count in Counter(map(without_parameters, names)).items():
+            terminalreporter.line(f"  {name}" + (f" ({count} tests)" if count > 1 else ""))
+
+
+def without_parameters(name: str) -> str:
+    """`file::function[parameters]` as `file::function`, and `file::Class::method` as `file::Class`."""
+    return "::".join(name.partition("[")[0].split("::")[:2])
