@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,11 @@ import pytest
 from idem_tasks.stores.base import RecordTier, Store
 from idem_tasks.stores.memory import MemoryStore
 from idem_tasks.stores.memory_marker import MemoryMarker
+from idem_tasks.stores.redis import RedisStore
+from idem_tasks.stores.sql import SQLStore
 from idem_tasks.stores.tiered import TieredStore
 from idem_tasks.testing import ManualClock, RecordTierContract, StoreContract
+from tests.services import fixtures
 
 
 class OnManualTime:
@@ -39,3 +43,69 @@ class TestTieredInMemory(OnManualTime, StoreContract):
     @pytest.fixture
     def store(self, clock: ManualClock) -> Store:
         return TieredStore(MemoryMarker(clock), MemoryStore(clock))
+
+
+class TestSQLite(RecordTierContract):
+    """`SQLStore` on a file."""
+
+    @pytest.fixture
+    def store(self, sqlite_url: str) -> RecordTier:
+        return SQLStore(sqlite_url)
+
+
+class TestPostgreSQL(RecordTierContract):
+    """`SQLStore` on PostgreSQL, with psycopg in both runtimes."""
+
+    @pytest.fixture
+    def store(self, postgres_database: str) -> RecordTier:
+        return SQLStore(postgres_database, create_schema=True)
+
+
+class TestMariaDB(RecordTierContract):
+    """`SQLStore` on MariaDB, with PyMySQL and asyncmy."""
+
+    @pytest.fixture
+    def store(self, mariadb_database: str) -> RecordTier:
+        return SQLStore(mariadb_database, create_schema=True)
+
+
+if fixtures.MYSQL_VARIABLE in os.environ:
+
+    class TestMySQL(RecordTierContract):
+        """`SQLStore` on MySQL, with PyMySQL and asyncmy."""
+
+        @pytest.fixture
+        def store(self, mysql_url: str) -> RecordTier:
+            return SQLStore(mysql_url, create_schema=True)
+
+else:
+
+    def test_mysql(mysql_url: str) -> None:
+        """MySQL is one line in the list of what was not run, instead of one for every promise."""
+
+
+class TestRedis(StoreContract):
+    """`RedisStore` as a whole store."""
+
+    keeps_ended = False
+    keeps_generations = False
+
+    @pytest.fixture
+    def store(self, redis_url: str) -> Store:
+        return RedisStore(redis_url)
+
+
+class TestTieredRedisPostgreSQL(StoreContract):
+    """`TieredStore` of Redis and PostgreSQL: the main road."""
+
+    @pytest.fixture
+    def store(self, redis_url: str, postgres_database: str) -> Store:
+        return TieredStore(RedisStore(redis_url), SQLStore(postgres_database, create_schema=True))
+
+
+class TestTieredRedisSQLite(StoreContract):
+    """`TieredStore` of Redis and a SQLite file."""
+
+    @pytest.fixture
+    def store(self, redis_url: str, sqlite_url: str) -> Store:
+        return TieredStore(RedisStore(redis_url), SQLStore(sqlite_url))

@@ -8,6 +8,7 @@ import pytest
 
 from idem_tasks.stores.base import Marker
 from idem_tasks.stores.memory_marker import MemoryMarker
+from idem_tasks.stores.redis import RedisStore
 from idem_tasks.testing import ManualClock, MarkerContract
 
 
@@ -25,3 +26,11 @@ class TestMemoryMarker(MarkerContract):
     @pytest.fixture
     def marker(self, clock: ManualClock) -> Marker:
         return MemoryMarker(clock)
+
+
+class TestRedisMarker(MarkerContract):
+    """`RedisStore` as a marker tier."""
+
+    @pytest.fixture
+    def marker(self, redis_url: str) -> Marker:
+        return RedisStore(redis_url)

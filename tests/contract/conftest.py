@@ -1,0 +1,29 @@
+"""Databases that all contract tests of a process share: every test uses a scope of its own."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.services import finding, fixtures
+from tests.services.databases import new_database
+from tests.services.run import Run
+
+
+@pytest.fixture(scope="session")
+def postgres_database(service_run: Run) -> Iterator[str]:
+    """`postgresql+psycopg://…`: a database for this process."""
+    server = make_url(fixtures.found(finding.POSTGRES, service_run).url).set(drivername="postgresql+psycopg")
+    with new_database(server.render_as_string(hide_password=False), f"contract_{secrets.token_hex(6)}") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def mariadb_database(service_run: Run) -> Iterator[str]:
+    """`mysql+pymysql://…`: a database for this process."""
+    server = fixtures.pymysql_url(fixtures.found(finding.MARIADB, service_run).url)
+    with new_database(server, f"contract_{secrets.token_hex(6)}") as url:
+        yield url
