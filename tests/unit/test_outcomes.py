@@ -849,7 +849,7 @@ wraps_itself.__wrapped__ = wraps_itself  # type: ignore[attr-defined]
         (lambda: 1, UNANNOTATED),
         (None, UNANNOTATED),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_the_return_annotation_is_found(handler: Any, annotation: Any) -> None:
     """Behind partials, wrappers and methods; what cannot be resolved is UNANNOTATED, never an error."""
