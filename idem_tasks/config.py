@@ -60,11 +60,12 @@ def configure(
 
 def default_idempotency() -> Idempotency:
     """Return what `configure` made; make it from the environment at the first use if nobody called that."""
-    if _default is not None:
-        return _default
-    with _lock:
-        present = _default  # read again: another thread may have been here meanwhile
-        return configure() if present is None else present
+    made = _default
+    if made is None:
+        with _lock:
+            made = _default  # another thread may have been here meanwhile
+            return configure() if made is None else made
+    return made
 
 
 def urls_from_environment() -> tuple[str | None, str | None]:
