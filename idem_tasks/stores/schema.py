@@ -127,7 +127,7 @@ def records_table(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Ta
         Column("generation", Integer, nullable=False),
         Column("attention", String(8)),
         Column("traceparent", String(55)),
-        PrimaryKeyConstraint("scope", "key", name=f"{name}_pkey"),
+        PrimaryKeyConstraint("scope", "key"),
         # Room in each page for the versions that claim, renewals and finish leave: HOT updates (measured: 90 %).
         postgresql_with={"fillfactor": 70},
         mysql_engine="InnoDB",

@@ -38,7 +38,7 @@ def upgrade() -> None:
         sa.Column("generation", sa.Integer, nullable=False),
         sa.Column("attention", sa.String(8)),
         sa.Column("traceparent", sa.String(55)),
-        sa.PrimaryKeyConstraint("scope", "key", name=f"{name}_pkey"),
+        sa.PrimaryKeyConstraint("scope", "key"),
         schema=schema,
         postgresql_with={"fillfactor": 70},
         mysql_engine="InnoDB",
@@ -46,8 +46,8 @@ def upgrade() -> None:
         mysql_charset="utf8mb4",
         mariadb_charset="utf8mb4",
     )
-    op.create_index(f"{name}_expires_at", name, ["expires_at"], schema=schema)
     is_set = sa.column("attention").is_not(None)
     op.create_index(
         f"{name}_attention", name, ["attention"], schema=schema, postgresql_where=is_set, sqlite_where=is_set
     )
+    op.create_index(f"{name}_expires_at", name, ["expires_at"], schema=schema)

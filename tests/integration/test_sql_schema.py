@@ -1,0 +1,163 @@
+"""The tables on database servers: as described, made by several processes at once, and never by surprise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import Connection, NullPool, create_engine, text
+
+from idem_tasks.errors import ConfigurationError
+from idem_tasks.runtime import run_sync
+from idem_tasks.stores.schema import records_table
+from idem_tasks.stores.sql import SQLStore
+
+
+@contextmanager
+def connected(url: str) -> Iterator[Connection]:
+    engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as connection:
+        yield connection
+
+
+POSTGRES_COLUMNS = text(
+    "SELECT attname, format_type(atttypid, atttypmod), attnotnull, collname FROM pg_attribute "
+    "LEFT JOIN pg_collation ON pg_collation.oid = attcollation "
+    "WHERE attrelid = CAST(:name AS regclass) AND attnum > 0 ORDER BY attnum"
+)
+POSTGRES_INDEXES = text("SELECT indexdef FROM pg_indexes WHERE tablename = :name ORDER BY indexname")
+POSTGRES_OPTIONS = text("SELECT reloptions FROM pg_class WHERE oid = CAST(:name AS regclass)")
+
+
+def described_by_postgres(connection: Connection, name: str) -> list[object]:
+    queries = (POSTGRES_COLUMNS, POSTGRES_INDEXES, POSTGRES_OPTIONS)
+    return [connection.execute(query, {"name": name}).all() for query in queries]
+
+
+def described_by_mariadb(connection: Connection, name: str) -> list[object]:
+    return [connection.execute(text(f"SHOW CREATE TABLE {name}")).all()]
+
+
+@pytest.mark.parametrize(
+    "fixture, describe", [("postgres_url", described_by_postgres), ("mariadb_url", described_by_mariadb)]
+)
+def test_the_migration_makes_what_the_code_believes_in(
+    request: pytest.FixtureRequest, fixture: str, describe: Callable[[Connection, str], list[object]]
+) -> None:
+    """Revision 0001 and `records_table` make the same table, to the last option, as the server describes it."""
+    url = request.getfixturevalue(fixture)
+    store = SQLStore(url)
+    run_sync(store.prepare())
+    run_sync(store.close())
+    with connected(url) as connection:
+        migrated = describe(connection, "idem_tasks_records")
+        connection.execute(text("DROP TABLE idem_tasks_records"))
+        records_table().metadata.create_all(connection)
+        assert describe(connection, "idem_tasks_records") == migrated
+
+
+def test_scope_and_key_compare_as_bytes_on_postgres(postgres_url: str) -> None:
+    """No locale of the server or of its C library decides which keys are the same (F51)."""
+    store = SQLStore(postgres_url)
+    run_sync(store.prepare())
+    run_sync(store.close())
+    with connected(postgres_url) as connection:
+        columns = connection.execute(POSTGRES_COLUMNS, {"name": "idem_tasks_records"}).all()
+    assert {row.attname: row.collname for row in columns if row.attname in {"scope", "key", "owner"}} == {
+        "scope": "C",
+        "key": "C",
+        "owner": "C",
+    }
+
+
+PREPARE = """
+import asyncio, sys
+from idem_tasks.events import Announcer
+from idem_tasks.runtime import run_sync
+from idem_tasks.stores.sql import SQLStore
+
+async def prepare(store):
+    await store.prepare()
+    await store.close()
+
+store = SQLStore(sys.argv[1], create_schema=True)
+sys.stdin.read()  # until all are ready
+if sys.argv[2] == "asyncio":
+    asyncio.run(prepare(store.on("asyncio", Announcer(()))))
+else:
+    run_sync(prepare(store))
+"""
+
+
+@pytest.mark.parametrize("fixture", ["sqlite_url", "postgres_url", "mariadb_url"])
+def test_processes_may_make_the_tables_at_once(request: pytest.FixtureRequest, fixture: str) -> None:
+    """Several processes that start on an empty database make the tables once, and none of them fails."""
+    url = request.getfixturevalue(fixture)
+    command = [sys.executable, "-W", "error", "-c", PREPARE, url]
+    starting = [
+        subprocess.Popen([*command, runtime], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        for runtime in ("blocking", "asyncio") * 2
+    ]
+    for process in starting:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdin = None
+    errors = [process.communicate(timeout=60)[1].decode() for process in starting]
+    assert [process.returncode for process in starting] == [0] * len(starting), "\n".join(errors)
+    store = SQLStore(url, create_schema=False)
+    assert run_sync(store.stats())
+    run_sync(store.close())
+
+
+@pytest.mark.parametrize(
+    "fixture, create_schema", [("sqlite_url", False), ("postgres_url", None), ("mariadb_url", None)]
+)
+def test_without_tables_it_says_what_to_run(
+    request: pytest.FixtureRequest, fixture: str, create_schema: bool | None
+) -> None:
+    """Where tables are not made on first use, the first call names the command that makes them."""
+    store = SQLStore(request.getfixturevalue(fixture), create_schema=create_schema)
+    with pytest.raises(ConfigurationError, match="idem-tasks init-db"):
+        run_sync(store.get("scope", "key"))
+    run_sync(store.close())
+
+
+@pytest.mark.parametrize(
+    "fixture, create_schema", [("sqlite_url", None), ("postgres_url", True), ("mariadb_url", True)]
+)
+def test_tables_are_made_on_first_use_where_asked(
+    request: pytest.FixtureRequest, fixture: str, create_schema: bool | None
+) -> None:
+    """The first call on an empty database makes the tables and then does its work."""
+    store = SQLStore(request.getfixturevalue(fixture), create_schema=create_schema)
+    assert run_sync(store.get("scope", "key")) is None
+    run_sync(store.close())
+
+
+def test_a_schema_of_its_own_on_postgres(postgres_url: str) -> None:
+    """With `schema` both tables are there and nowhere else; a schema that is missing is named."""
+    store = SQLStore(postgres_url, schema="jobs", create_schema=True)
+    with pytest.raises(ConfigurationError, match="jobs"):
+        run_sync(store.get("scope", "key"))
+    with connected(postgres_url) as connection:
+        connection.execute(text("CREATE SCHEMA jobs"))
+        assert run_sync(store.get("scope", "key")) is None
+        tables = connection.execute(
+            text("SELECT schemaname, tablename FROM pg_tables WHERE tablename LIKE 'idem%' ORDER BY tablename")
+        )
+        assert [tuple(table) for table in tables] == [("jobs", "idem_tasks_records"), ("jobs", "idem_tasks_schema")]
+    run_sync(store.close())
+
+
+def test_a_table_of_an_older_version_says_what_to_run(postgres_url: str) -> None:
+    """A column that is not there yet names the command that adds it."""
+    store = SQLStore(postgres_url)
+    run_sync(store.prepare())
+    with connected(postgres_url) as connection:
+        connection.execute(text("ALTER TABLE idem_tasks_records DROP COLUMN traceparent"))
+    with pytest.raises(ConfigurationError, match="idem-tasks upgrade"):
+        run_sync(store.get("scope", "key"))
+    run_sync(store.close())
