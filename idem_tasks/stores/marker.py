@@ -164,7 +164,9 @@ class RedisMarkers:
         if kind == b"finished":
             return _read_finished(rest, key)
         if kind == b"running":
-            return MarkerRunning(await self._time_left(key))
+            left = await self._time_left(key)
+            # Longer than a lease: it was finished since it was read, and this is the life of its outcome.
+            return MarkerRunning(left if left <= request.policy.lease else 0.0)
         if kind == b"pending":
             return _read_pending(rest, standing, key)
         raise _unreadable(key)
