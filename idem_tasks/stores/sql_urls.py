@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, AsyncAdaptedQueuePool, Pool, QueuePool, make_url
 from sqlalchemy.exc import ArgumentError
 
 from idem_tasks.errors import ConfigurationError, MissingExtraError
@@ -133,12 +134,12 @@ def _with_defaults(url: URL, defaults: dict[str, Any]) -> Target:
     return Target(url, {"connect_args": missing})
 
 
-def _for_sqlite(url: URL) -> Target:
+def _for_sqlite(pool: type[Pool], url: URL) -> Target:
     target = _with_defaults(url, {"timeout": SQLITE_BUSY_TIMEOUT})
     if is_in_memory(url):
-        # One connection, used by one statement at a time: a second one would see another, empty database.
+        # One connection, used by one call at a time: a second one would see another, empty database.
         target.options["connect_args"]["check_same_thread"] = False
-        target.options.update(pool_size=1, max_overflow=0)
+        target.options.update(poolclass=pool, pool_size=1, max_overflow=0)
     return target
 
 
@@ -183,8 +184,8 @@ def _for_pymysql(url: URL) -> Target:
 
 
 _SETTINGS: dict[str, Callable[[URL], Target]] = {
-    "sqlite3": _for_sqlite,
-    "aiosqlite": _for_sqlite,
+    "sqlite3": partial(_for_sqlite, QueuePool),
+    "aiosqlite": partial(_for_sqlite, AsyncAdaptedQueuePool),
     "psycopg": _for_psycopg,
     "asyncpg": _for_asyncpg,
     "pymysql": _for_pymysql,
