@@ -25,6 +25,10 @@ _SHARE_OF_VISIBILITY = 0.2
 _JITTER = 0.2
 """Of the delay, at most: so that the duplicates of one message do not come back together."""
 
+_MADE_ANEW = frozenset({"parent_id", "ignore_result", "argsrepr", "kwargsrepr"})
+"""Headers that Celery does not take over when it sends a request again: a message without a parent becomes its own
+parent, and arguments whose sender hid them from the logs are shown."""
+
 _CONFIRM_TIMEOUT = 10.0
 """Seconds to wait for RabbitMQ's confirmation before the message is published once more."""
 
@@ -58,8 +62,8 @@ def put_back(task: Task, request: Context, args: Any, kwargs: Any, *, delay: flo
     signature = task.signature_from_request(request, args, kwargs, retries=request.retries, countdown=delay)
     signature.options["headers"] = {
         **(signature.options.get("headers") or {}),
+        **{name: value for name, value in vars(request).items() if name in _MADE_ANEW},
         COUNT_HEADER: count,
-        "parent_id": request.parent_id,  # Celery would make a message without a parent its own parent
     }
     with _confirming_producer(task.app) as producer:
         signature.apply_async(producer=producer, add_to_parent=False, confirm_timeout=_CONFIRM_TIMEOUT)

@@ -1,0 +1,233 @@
+"""The app that the tests' workers run: `celery -A shop worker`, told by SHOP_* in the environment what to use."""
+
+# mypy: disable-error-code="untyped-decorator"
+import asyncio
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+from celery import Celery, current_task, shared_task
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from ledger import Ledger
+from pydantic import BaseModel
+
+from idem_tasks import Event, EventName, configure, current_claim, idempotent_task, log_event
+
+ledger = Ledger(os.environ["SHOP_LEDGER"])
+LATE: Any = {"acks_late": True, "reject_on_worker_lost": True}
+
+
+def note_event(event: Event) -> None:
+    ledger.note(event.name.value, event.key, scope=event.scope, **event.details)
+    if current_task and event.name in {EventName.IN_PROGRESS, EventName.REPLAYED}:
+        ledger.note("seen", event.key, **facts(current_task.request))
+
+
+configure(**json.loads(os.environ["SHOP_STORE"]), observers=[log_event, note_event])
+app = Celery("shop")
+app.conf.update(json.loads(os.environ["SHOP_CONFIG"]))
+
+
+def held_until_told(order: str, seconds: float = 30.0) -> None:
+    """Run until the test notes `go` for this order."""
+    deadline = time.monotonic() + seconds
+    while not ledger.count("go", order) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def facts(request: Any) -> dict[str, Any]:
+    """What must be the same of every copy of a message."""
+    names = ("id", "root_id", "parent_id", "group", "group_index", "retries", "shadow", "expires", "timelimit",
+             "reply_to", "correlation_id", "ignore_result", "callbacks", "errbacks", "chain", "chord", "args",
+             "kwargs", "argsrepr", "origin", "stamped_headers", "stamps")  # fmt: skip
+    headers = {name: value for name, value in (request.headers or {}).items() if name != "idem_tasks_put_back"}
+    found = {name: getattr(request, name, None) for name in names} | {"headers": headers}
+    return json.loads(json.dumps(found, default=repr))  # type: ignore[no-any-return]
+
+
+@app.task(name="shop.charge", bind=True, **LATE)
+@idempotent_task(key="{order}", fingerprint=["order"])
+def charge(self: Any, order: str, amount: int = 1, *, hold: bool = False) -> str:
+    """Charge once; `hold`: not before the test says `go`."""
+    ledger.note("started", order, amount=amount, attempt=current_claim().attempt, **facts(self.request))
+    if hold:
+        held_until_told(order)
+    ledger.note("effect", order, amount=amount)
+    return f"charged {order} {amount}"
+
+
+@shared_task(name="shop.shared", **LATE)
+@idempotent_task(key="{order}")
+def shared(order: str) -> str:
+    ledger.note("effect", order)
+    return f"shared {order}"
+
+
+class Order(BaseModel):
+    id: str
+    amount: Decimal
+
+
+@app.task(name="shop.pydantic", bind=True, pydantic=True, **LATE)
+@idempotent_task(key="{order.id}")
+def pydantic_charge(self: Any, order: Order) -> Order:
+    ledger.note("effect", order.id, type=type(order).__name__, request=self.request.id)
+    return order
+
+
+class Refund(app.Task):  # type: ignore[misc, name-defined] # Celery is untyped
+    name = "shop.refund"
+    acks_late = True
+    reject_on_worker_lost = True
+
+    @idempotent_task(key="{order}")
+    def run(self, order: str) -> str:
+        ledger.note("effect", order)
+        return f"refunded {order}"
+
+
+app.register_task(Refund())
+
+
+@app.task(name="shop.retry_now", bind=True, max_retries=3, **LATE)
+@idempotent_task(key="{order}")
+def retry_now(self: Any, order: str) -> int:
+    """Retry at once, and keep the claim until the retry has met it: `self.retry` publishes before it raises."""
+    if self.request.retries == 0:
+        try:
+            raise self.retry(countdown=0)
+        except Retry:
+            ledger.wait("put_back", order, seconds=10)
+            raise
+    ledger.note("effect", order)
+    return int(self.request.retries)
+
+
+@app.task(name="shop.autoretry", autoretry_for=(OSError,), default_retry_delay=0, max_retries=3, bind=True, **LATE)
+@idempotent_task(key="{order}")
+def autoretry(self: Any, order: str) -> int:
+    ledger.note("started", order)
+    if self.request.retries < 2:
+        raise OSError("not yet")
+    ledger.note("effect", order)
+    return int(self.request.retries)
+
+
+@app.task(name="shop.raises", **LATE)
+@idempotent_task(key="{order}")
+def raises(order: str, what: str) -> str:
+    """The first time, raise; the second time, don't."""
+    ledger.note("started", order)
+    if ledger.count("started", order) == 1:
+        raise {"ignore": Ignore(), "reject": Reject("no", requeue=False), "again": Reject("again", requeue=True),
+               "error": ValueError("no")}[what]  # fmt: skip
+    ledger.note("effect", order)
+    return "done"
+
+
+@dataclass
+class Receipt:
+    order: str
+    at: datetime
+    day: date
+    amount: Decimal
+
+
+@app.task(name="shop.exact", **LATE)
+@idempotent_task(key="{order}")
+def exact(order: str) -> dict[str, Any]:
+    """Return what JSON alone would change, without saying so in the annotation."""
+    ledger.note("effect", order)
+    return {"at": datetime(2026, 1, 2, 3, 4, 5, 6), "amount": Decimal("1.10"), "order": order, "nothing": None}
+
+
+@app.task(name="shop.annotated", **LATE)
+@idempotent_task(key="{order}")
+def annotated(order: str) -> tuple[datetime, Decimal]:
+    ledger.note("effect", order)
+    return datetime(2026, 1, 2, 3, 4, 5, 6), Decimal("1.10")
+
+
+@app.task(name="shop.collect", **LATE)
+def collect(results: Any, key: str) -> Any:
+    """A chord's body, not idempotent: so that it shows how often the chord fired."""
+    ledger.note("collected", key, results=results)
+    return results
+
+
+@app.task(name="shop.add", **LATE)
+@idempotent_task(key="{key}", fingerprint=None)
+def add(before: Any, key: str) -> Any:
+    ledger.note("effect", key, before=before)
+    return f"{before}+{key}"
+
+
+@app.task(name="shop.limited", soft_time_limit=1, **LATE)
+@idempotent_task(key="{order}")
+def limited(order: str) -> str:
+    ledger.note("started", order)
+    if ledger.count("started", order) == 1:
+        try:
+            held_until_told(order)
+        except SoftTimeLimitExceeded:
+            ledger.note("soft_limit", order)
+            raise
+    ledger.note("effect", order)
+    return "done"
+
+
+@app.task(name="shop.hard_limited", time_limit=1, acks_on_timeout=False, **LATE)
+@idempotent_task(key="{order}")
+def hard_limited(order: str) -> str:
+    ledger.note("started", order)
+    if ledger.count("started", order) == 1:
+        held_until_told(order)
+    ledger.note("effect", order)
+    return "done"
+
+
+@app.task(name="shop.dies", **LATE)
+@idempotent_task(key="{order}")
+def dies(order: str) -> int:
+    """Die at the worst moment, the first time."""
+    ledger.note("effect", order)
+    if current_claim().attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return current_claim().attempt
+
+
+@app.task(name="shop.early")
+@idempotent_task(key="{order}", fingerprint=None)
+def early(order: str, hold: bool = False) -> str:
+    """Acknowledged before it runs."""
+    ledger.note("started", order)
+    if hold:
+        held_until_told(order)
+    ledger.note("effect", order)
+    return "done"
+
+
+@app.task(name="shop.changes", **LATE)
+@idempotent_task(key="{order[id]}")
+def changes(order: dict[str, Any]) -> str:
+    """Change the argument, then be held."""
+    ledger.note("started", order["id"])
+    order["state"] = "seen"
+    held_until_told(order["id"])
+    ledger.note("effect", order["id"])
+    return "done"
+
+
+if os.environ.get("SHOP_COROUTINE"):
+
+    @app.task(name="shop.coroutine", **LATE)
+    @idempotent_task(key="{order}")
+    async def coroutine(order: str) -> str:
+        ledger.note("effect", order)
+        await asyncio.sleep(0)
+        return "done"
