@@ -160,8 +160,8 @@ class _FromAddress:
             else:
                 self._options[name] = value
 
-    def open(self, runtime: RuntimeName) -> Any:
-        """Make a client; that of a blocking cluster connects at once, the others with their first command."""
+    def open(self, runtime: RuntimeName) -> list[Any]:
+        """Make a client, and those it needs itself; that of a blocking cluster connects at once, others when used."""
         blocking = runtime == "blocking"
         retry: Any = (Retry if blocking else AsyncRetry)(
             NoBackoff(), _RETRIES, supported_errors=(exceptions.ConnectionError,)
@@ -171,20 +171,20 @@ class _FromAddress:
                 node: Any = ClusterNode if blocking else AsyncClusterNode
                 cluster: Any = redis.RedisCluster if blocking else redis.asyncio.RedisCluster
                 nodes = [node(host, port) for host, port in self._address.hosts]
-                return cluster(startup_nodes=nodes, retry=retry, **self._options)
+                return [cluster(startup_nodes=nodes, retry=retry, **self._options)]
             case "sentinel":
                 sentinels: Any = Sentinel if blocking else AsyncSentinel
                 found = sentinels(
                     self._address.hosts, sentinel_kwargs=self._sentinel_options, retry=retry, **self._options
                 )
-                return found.master_for(self._address.service)
+                return [found.master_for(self._address.service), *found.sentinels]
             case "unix":
                 single: Any = redis.Redis if blocking else redis.asyncio.Redis
-                return single(retry=retry, **self._options)
+                return [single(retry=retry, **self._options)]
             case "single":
                 single = redis.Redis if blocking else redis.asyncio.Redis
                 host, port = self._address.hosts[0]
-                return single(host=host, port=port, retry=retry, **self._options)
+                return [single(host=host, port=port, retry=retry, **self._options)]
 
 
 def _query_options(query: str) -> dict[str, Any]:
@@ -223,8 +223,8 @@ class _Given:
         self.name = f"the given {type(client).__name__} client"
         self._client = client
 
-    def open(self, runtime: RuntimeName) -> Any:
-        return self._client
+    def open(self, runtime: RuntimeName) -> list[Any]:
+        return [self._client]
 
 
 _Opener = _FromAddress | _Given
@@ -239,6 +239,7 @@ class _Client:
 
     breaker: CircuitBreaker
     redis: Any = None
+    opened: Sequence[Any] = ()
     tested: bool = False
     sets_and_gets: bool = False
     until_loop_ends: AsyncGenerator[None, None] | None = None
@@ -257,8 +258,8 @@ class _Connection:
     async def set_if_absent(self, key: bytes, value: bytes, milliseconds: int) -> bytes | None:
         async def send(client: _Client) -> Any:
             if client.sets_and_gets:
-                return await resolve(client.redis.set(key, value, nx=True, get=True, px=milliseconds))
-            return await resolve(client.redis.eval(_TAKE, 1, key, value, milliseconds))
+                return await _set_and_get(client.redis, key, value, milliseconds)
+            return await _evaluated(client.redis, _TAKE, key, value, milliseconds)
 
         standing: bytes | None = await self._call(send)
         return standing
@@ -268,10 +269,10 @@ class _Connection:
         return left
 
     async def run(self, text: str, key: bytes, *arguments: Argument) -> Any:
-        return await self._call(lambda client: resolve(client.redis.eval(text, 1, key, *arguments)))
+        return await self._call(lambda client: _evaluated(client.redis, text, key, *arguments))
 
     async def run_each(self, text: str, calls: Sequence[tuple[bytes, Sequence[Argument]]]) -> list[Any]:
-        commands = [("EVAL", text, 1, key, *arguments) for key, arguments in calls]
+        commands = [("EVAL", text, b"1", key, *map(_packable, arguments)) for key, arguments in calls]
         return await self._call(lambda client: _pipelined(client.redis, commands)) if commands else []
 
     async def delete(self, keys: Sequence[bytes]) -> None:
@@ -296,12 +297,13 @@ class _Connection:
             client = self._by_process.pop(os.getpid(), None)
         else:
             client = self._by_loop.pop(asyncio.get_running_loop(), None)
-        if client is None or client.redis is None or not self._opener.is_ours:
+        if client is None or not self._opener.is_ours:
             return
         if client.until_loop_ends is not None:
             await client.until_loop_ends.aclose()
         else:
-            client.redis.close()
+            for each in client.opened:
+                each.close()
 
     async def _call(self, send: Callable[[_Client], Awaitable[T]]) -> T:
         client = self._client()
@@ -348,10 +350,11 @@ class _Connection:
         return _Client(CircuitBreaker(self._opener.patience))
 
     async def _open(self, client: _Client) -> None:
-        client.redis = self._opener.open(self._runtime)
+        client.opened = self._opener.open(self._runtime)
+        client.redis = client.opened[0]
         if self._runtime == "asyncio" and self._opener.is_ours:
             # An event loop that ends closes the generators that are still open in it, and so this client.
-            client.until_loop_ends = _open_until_closed(client.redis)
+            client.until_loop_ends = _open_until_closed(client.opened)
             await anext(client.until_loop_ends)
 
     async def _test(self, client: _Client) -> None:
@@ -360,12 +363,12 @@ class _Connection:
         taken, taken_again, standing, left, others, own = await _pipelined(
             client.redis,
             [
-                ("SET", key, b"a", "NX", "PX", _PROBE_TTL),
-                ("SET", key, b"b", "NX", "PX", _PROBE_TTL),
+                ("SET", key, b"a", "NX", "PX", _packable(_PROBE_TTL)),
+                ("SET", key, b"b", "NX", "PX", _packable(_PROBE_TTL)),
                 ("GET", key),
                 ("PTTL", key),
-                ("EVAL", _DELETE_EXACT, 1, key, b"b"),
-                ("EVAL", _DELETE_EXACT, 1, key, b"a"),
+                ("EVAL", _DELETE_EXACT, b"1", key, b"b"),
+                ("EVAL", _DELETE_EXACT, b"1", key, b"a"),
             ],
         )
         if not taken or taken_again or standing != b"a":
@@ -391,8 +394,8 @@ class _Connection:
         Servers before 7.0 refuse it, and one that ends the connection with every error can be asked nothing more.
         """
         try:
-            first = await resolve(client.redis.set(key, b"a", nx=True, get=True, px=_PROBE_TTL))
-            second = await resolve(client.redis.set(key, b"b", nx=True, get=True, px=_PROBE_TTL))
+            first = await _set_and_get(client.redis, key, b"a", _PROBE_TTL)
+            second = await _set_and_get(client.redis, key, b"b", _PROBE_TTL)
         except exceptions.ResponseError as error:
             if _code(error):
                 raise
@@ -401,11 +404,30 @@ class _Connection:
         return first is None and second == b"a"
 
 
-async def _open_until_closed(client: Any) -> AsyncGenerator[None, None]:
+async def _open_until_closed(opened: Sequence[Any]) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        await client.aclose()
+        for client in opened:
+            await client.aclose()
+
+
+async def _set_and_get(client: Any, key: bytes, value: bytes, milliseconds: int) -> Any:
+    px = _packable(milliseconds)
+    return await resolve(client.execute_command("SET", key, value, "NX", "GET", "PX", px, get=True))
+
+
+async def _evaluated(client: Any, text: str, key: bytes, *arguments: Argument) -> Any:
+    return await resolve(client.execute_command("EVAL", text, b"1", key, *map(_packable, arguments)))
+
+
+def _packable(argument: Argument) -> bytes:
+    """Return the argument in bytes, which hiredis takes as they are.
+
+    Of a number it asks for the text, and Python looks for signals meanwhile: a time limit that raises there makes
+    hiredis 3.5 crash the process.
+    """
+    return b"%d" % argument if isinstance(argument, int) else argument
 
 
 async def _pipelined(client: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -1,4 +1,4 @@
--- Does what SET key value NX GET PX does, for servers older than 7.0: sets it if there is none, returns what stood there.
+-- Does what SET key value NX GET PX does, for servers before 7.0: sets it if there is none, returns what stood there.
 -- ARGV: value, milliseconds
 local standing = redis.call('GET', KEYS[1])
 if not standing then
