@@ -1,0 +1,158 @@
+"""Many processes on one key: one is granted, whatever the database; and the clock and snapshot they go by."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import create_engine, make_url, select, text
+
+from idem_tasks.claims import Granted, InDoubt, InProgress
+from idem_tasks.stores.sql import SQLStore
+from idem_tasks.stores.sql_clock import clock_microseconds, now
+from idem_tasks.testing.driver import Driver
+from idem_tasks.testing.store_in_use import SHORT, StoreInUse
+
+DATABASES = ["sqlite_url", "postgres_url", "mariadb_url"]
+
+PROCESSES = 4
+THREADS = 25
+
+CLAIM = """
+import json, sys
+from collections import Counter
+from idem_tasks.stores.sql import SQLStore
+from idem_tasks.testing.driver import Driver
+from idem_tasks.testing.store_in_use import StoreInUse
+
+url, scope, runtime, number, policy = sys.argv[1:]
+with Driver(runtime) as driver:
+    use = StoreInUse(SQLStore(url), driver)
+    driver(use.store.get(scope, "warm up"))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    requests = [use.request(scope=scope, **json.loads(policy)) for _ in range(int(number))]
+    answers = use.claim_together(requests)
+    print(json.dumps(Counter(type(answer).__name__ for answer in answers)), flush=True)
+    driver(use.store.close())
+"""
+
+
+@pytest.fixture(params=DATABASES)
+def use(request: pytest.FixtureRequest) -> Iterator[StoreInUse]:
+    with Driver("blocking") as driver:
+        use = StoreInUse(SQLStore(request.getfixturevalue(request.param), create_schema=True), driver)
+        driver(use.store.prepare())
+        yield use
+        driver(use.store.close())
+
+
+def claim_in_processes(use: StoreInUse, **policy: object) -> Counter[str]:
+    """Claim the one key in several processes, each with many threads or tasks, at the same moment."""
+    url = use.store._clients["blocking"]._url.render_as_string(hide_password=False)  # type: ignore[attr-defined]
+    command = [sys.executable, "-W", "error", "-c", CLAIM, url, use.scope]
+    processes = [
+        subprocess.Popen(
+            [*command, runtime, str(THREADS), json.dumps(policy)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for runtime in ("blocking", "asyncio") * (PROCESSES // 2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    answers: Counter[str] = Counter()
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        answers.update(json.loads(process.communicate(timeout=60)[0]))
+        assert process.returncode == 0
+    return answers
+
+
+def test_one_of_a_hundred_claims_is_granted(use: StoreInUse) -> None:
+    """Of 100 claims on one key, from threads and tasks of four processes, exactly one is granted."""
+    answers = claim_in_processes(use)
+    assert answers == {"Granted": 1, "InProgress": PROCESSES * THREADS - 1}
+    assert use.record().attempts == 1
+
+
+def test_one_of_a_hundred_takes_over(use: StoreInUse) -> None:
+    """Of 100 claims that find a dead holder, exactly one takes over (F6)."""
+    dead = use.granted(lease=SHORT)
+    use.let_expire(dead)
+    answers = claim_in_processes(use)
+    assert answers == {"Granted": 1, "InProgress": PROCESSES * THREADS - 1}
+    record = use.record()
+    assert (record.attempts, record.crashes) == (2, 1)
+    assert record.fencing_token > dead.fencing_token
+
+
+def test_a_hundred_put_in_doubt_once(use: StoreInUse) -> None:
+    """Of 100 claims that find a dead holder under hold, none is granted, and the crash is counted once."""
+    dead = use.granted(lease=SHORT)
+    use.let_expire(dead)
+    answers = claim_in_processes(use, on_crash="hold")
+    assert answers == {"InDoubt": PROCESSES * THREADS}
+    record = use.record()
+    assert (record.crashes, record.fencing_token, record.owner) == (1, dead.fencing_token, dead.owner)
+
+
+def test_the_clock_is_the_statements(postgres_url: str) -> None:
+    """In a long transaction on PostgreSQL the clock goes on, so that no lease is too short (F48)."""
+    engine = create_engine(postgres_url)
+    with engine.begin() as connection:
+        first, token = connection.execute(select(now(), clock_microseconds())).one()
+        time.sleep(0.05)
+        second, later_token = connection.execute(select(now(), clock_microseconds())).one()
+    engine.dispose()
+    assert (second - first).total_seconds() >= 0.05
+    assert later_token - token >= 50_000
+    assert first.timestamp() == pytest.approx(token / 1_000_000, abs=0.05)
+
+
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("fixture", ["postgres_url", "mariadb_url"])
+def test_no_old_snapshot_is_read(request: pytest.FixtureRequest, fixture: str, isolation: str) -> None:
+    """Whatever isolation the server gives by default, a claim sees what was committed before it (F12)."""
+    url = request.getfixturevalue(fixture)
+    escaped = isolation.lower().replace(" ", r"\ ")
+    setting = {
+        "postgres_url": {"options": f"-c default_transaction_isolation={escaped}"},
+        "mariadb_url": {"init_command": f"SET SESSION TRANSACTION ISOLATION LEVEL {isolation}"},
+    }[fixture]
+    engine = create_engine(make_url(url).update_query_dict(setting))
+    with Driver("blocking") as driver:
+        first = StoreInUse(SQLStore(url, create_schema=True), driver)
+        second = StoreInUse(SQLStore(engine), driver)
+        second.scope = first.scope
+        lease = first.granted()
+        assert isinstance(second.claim(), InProgress)
+        first.release(lease, in_doubt=True)
+        assert second.claim() == InDoubt()
+        first.resolve(None)
+        assert isinstance(second.claim(), Granted)
+        driver(first.store.close())
+    engine.dispose()
+
+
+def test_connections_to_mariadb_are_strict(mariadb_url: str) -> None:
+    """A key too long for its column is an error on any server, never cut to meet another (F52)."""
+    with Driver("blocking") as driver:
+        use = StoreInUse(SQLStore(mariadb_url, create_schema=True), driver)
+        driver(use.store.prepare())
+        engine = use.store._clients["blocking"]._engine  # type: ignore[attr-defined]
+        with engine.connect() as connection:
+            settings = connection.execute(text("SELECT @@sql_mode, @@tx_isolation, @@innodb_lock_wait_timeout")).one()
+        assert "STRICT_ALL_TABLES" in settings[0]
+        assert tuple(settings[1:]) == ("READ-COMMITTED", 1)
+        driver(use.store.close())
