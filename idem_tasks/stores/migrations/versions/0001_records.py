@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import context, op
 
-from idem_tasks.stores.schema import OUTCOME, ByteText, Instant
+from idem_tasks.stores.schema import FILLFACTOR, OUTCOME, ByteText, Instant
 
 revision = "0001"
 down_revision = None
@@ -13,7 +13,7 @@ def upgrade() -> None:
     """Make the table and its indexes."""
     options = context.config.attributes
     schema, name = options["schema"], f"{options['prefix']}records"
-    op.create_table(
+    table = op.create_table(
         name,
         sa.Column("scope", ByteText(191), nullable=False),
         sa.Column("key", ByteText(255), nullable=False),
@@ -40,12 +40,13 @@ def upgrade() -> None:
         sa.Column("traceparent", sa.String(55)),
         sa.PrimaryKeyConstraint("scope", "key"),
         schema=schema,
-        postgresql_with={"fillfactor": 70},
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
         mysql_charset="utf8mb4",
         mariadb_charset="utf8mb4",
     )
+    if op.get_context().dialect.name == "postgresql":
+        op.execute(FILLFACTOR.against(table))
     is_set = sa.column("attention").is_not(None)
     op.create_index(
         f"{name}_attention", name, ["attention"], schema=schema, postgresql_where=is_set, sqlite_where=is_set
