@@ -6,6 +6,7 @@ to find, `new_` for what it writes, and otherwise have names of their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
@@ -154,7 +155,7 @@ class Statements:
             c.state == bindparam("seen_state"),
         )
         dead = and_(c.state == State.RUNNING, c.lease_expires_at <= now())
-        over = and_(c.state.in_(PURGEABLE), c.expires_at <= now())
+        over = and_(_is_any_of(c.state, PURGEABLE), c.expires_at <= now())
         self.take: Update = (
             update(self._table)
             .where(self._at_place, unchanged, or_(c.state == State.RELEASED, dead, over))
@@ -209,7 +210,7 @@ class Statements:
             self._at_place,
             c.fencing_token == bindparam("seen_token"),
             c.owner == bindparam("seen_owner"),
-            c.state.in_(FENCED),
+            _is_any_of(c.state, FENCED),
         )
         outcome = {
             name: self._new(name)
@@ -353,7 +354,7 @@ class Statements:
         cut = select(after_seconds("cut")).scalar_subquery()
         self.doomed = (
             select(c.scope, c.key)
-            .where(c.expires_at < cut, c.state.in_(PURGEABLE))
+            .where(c.expires_at < cut, _is_any_of(c.state, PURGEABLE))
             .order_by(c.expires_at)
             .limit(bindparam("limit", type_=Integer()))
             .with_for_update(skip_locked=True)
@@ -379,6 +380,11 @@ class Statements:
             further_on = and_(c.scope == bindparam("at_scope"), c.key > bindparam("at_key"))
             page = page.where(or_(c.scope > bindparam("at_scope"), further_on))
         return page
+
+
+def _is_any_of(column: ColumnElement[Any], values: Iterable[str]) -> ColumnElement[bool]:
+    """Like `in_`, whose list SQLAlchemy would write out anew at each call."""
+    return or_(*(column == value for value in values))
 
 
 def _renewed(until: ColumnElement[Any]) -> dict[str, Any]:
