@@ -309,20 +309,19 @@ class MemoryStore:
             if not row.obeys(lease.owner, lease.fencing_token):
                 return Lost()
             if row.state in _FENCED:
-                self._give_up(row, release, lease.policy.max_attempts, now)
+                self._give_up(row, lease, release, now)
             return Released(row.state)
 
-    def _give_up(self, row: _Row, release: Release, max_attempts: int | None, now: float) -> None:
-        # A record put in doubt under our fence may be our own release, whose answer did not arrive: count it once.
-        if release.failed and row.state is State.RUNNING:
-            row.failures += 1
+    def _give_up(self, row: _Row, lease: Lease, release: Release, now: float) -> None:
+        # Counted from those the claim was granted with, so that a release sent twice counts once.
+        row.failures = lease.failures + 1 if release.failed else lease.failures
         row.error_type = release.error_type
         row.error_message = _shortened(release.error_message)
         row.lease_expires_at = row.updated_at = now
         if release.in_doubt:
             row.state = State.IN_DOUBT
             row.attention = "in_doubt"
-        elif release.failed and max_attempts is not None and row.failures >= max_attempts:
+        elif release.failed and _reached(lease.policy.max_attempts, row.failures):
             row.state = State.PARKED
             row.attention = "parked"
         else:
@@ -447,6 +446,10 @@ def _vanished(lease: Lease, now: float) -> _Row:
         holder=lease.request.holder,
         traceparent=lease.request.traceparent,
     )
+
+
+def _reached(limit: int | None, count: int) -> bool:
+    return limit is not None and count >= limit
 
 
 def _shortened(message: str | None) -> str | None:

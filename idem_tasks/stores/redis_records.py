@@ -188,6 +188,7 @@ class RedisRecords:
             int(release.failed),
             int(release.in_doubt),
             -1 if limit is None else limit,
+            lease.failures,
             _microseconds(_WAITING),
             *_present(**_error(release)),
         )

@@ -510,9 +510,12 @@ class StoreContract:
         for key in ("unsure", "sure"):
             assert use.after_the_lease(key, on_crash="hold") == InDoubt(new=True)
         assert use.release(unsure, failed=True, in_doubt=True) == Released(State.IN_DOUBT)
-        assert use.record("unsure").state is State.IN_DOUBT
+        assert use.release(unsure, failed=True, in_doubt=True) == Released(State.IN_DOUBT)
+        record = use.record("unsure")
+        assert (record.state, record.failures, record.crashes) == (State.IN_DOUBT, 1, 1)
         assert use.release(sure, failed=True) == Released(State.RELEASED)
-        assert use.granted("sure").attempts == 2
+        again = use.granted("sure")
+        assert (again.attempts, again.failures, again.crashes) == (2, 1, 1)
 
     # Retention.
 
