@@ -7,6 +7,7 @@ finishes or releases it, and the store says `Recorded`, `Released`, `Finished` (
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from contextvars import ContextVar, Token
@@ -224,13 +225,14 @@ class Record:
 class Claim:
     """A granted claim as its handler sees it; `current_claim()` returns it."""
 
-    __slots__ = ("_gone", "deadline", "held_since", "lease", "renew_at")
+    __slots__ = ("_gone", "_pid", "deadline", "held_since", "lease", "renew_at")
 
     def __init__(self, lease: Lease, *, asked_at: float) -> None:
         """`asked_at` is `deadline_clock()` before the claim was sent: its lease cannot have begun earlier."""
         self.lease = lease
         self.held_since = asked_at
         self._gone = False
+        self._pid = os.getpid()
         self.extend(asked_at)
 
     def extend(self, asked_at: float) -> None:
@@ -254,8 +256,12 @@ class Claim:
 
     @property
     def protected(self) -> bool:
-        """Whether a store granted it: not so while the library is disabled, in shadow, or runs without its store."""
-        return self.lease.fencing_token > 0
+        """Whether a store granted it to this process.
+
+        Not so while the library is disabled, in shadow, or runs without its store; nor in a child that was forked
+        within the handler, where the claim is still the parent's.
+        """
+        return self.lease.fencing_token > 0 and self._pid == os.getpid()
 
     @property
     def fencing_token(self) -> int:
@@ -303,14 +309,16 @@ def current_claim() -> Claim:
     return claim
 
 
-def enter(claim: Claim) -> Token[Claim | None]:
-    """Make `claim` the current one; `leave` with the token makes the one before current again."""
+def enter(claim: Claim | None) -> Token[Claim | None]:
+    """Make `claim`, or none, the current one; `leave` with the token makes the one before current again."""
     return _current.set(claim)
 
 
 def leave(token: Token[Claim | None]) -> None:
     """End what `enter` began."""
-    _current.reset(token)
+    # It may end in another context than it began in, as a FastAPI dependency does; that one never had the claim.
+    with contextlib.suppress(ValueError):
+        _current.reset(token)
 
 
 def new_owner() -> str:

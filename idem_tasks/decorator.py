@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, cast
 from idem_tasks import config, hosts
 from idem_tasks.call import Call
 from idem_tasks.claims import ClaimRequest, Record, new_owner, process_name
-from idem_tasks.errors import ConfigurationError, InvalidKeyError
+from idem_tasks.errors import ConfigurationError
 from idem_tasks.hosts import Host
 from idem_tasks.keys import CallKey, KeyPlan
 from idem_tasks.outcomes import ReturnType
@@ -68,8 +68,12 @@ def idempotent_task(
 
 def _is_asynchronous(handler: Callable[..., Any]) -> bool:
     """Recognise a coroutine function, also behind partials and wrappers; refuse what cannot be a handler."""
+    if isinstance(handler, staticmethod | classmethod):
+        raise ConfigurationError(f"@idempotent_task goes under @{type(handler).__name__}, next to the function")
     if isinstance(handler, type) or not callable(handler):
         raise ConfigurationError(f"idempotent_task decorates functions and methods, not {type(handler).__name__}")
+    if _find(handler) is not None:
+        raise ConfigurationError("this is decorated with @idempotent_task already; its own claim would be in its way")
     function = handler
     while isinstance(function, functools.partial):
         function = function.func
@@ -95,7 +99,9 @@ def _blocking_wrapper(task: IdempotentFunction) -> Callable[..., Any]:
         except HandlerStopIteration as carrier:
             raise carrier.error from None
         except BaseException as error:
-            settled = error if host is None else host.settle(error, call.announce)
+            if host is None:
+                raise
+            settled = host.settle(error, call.announce)
             if settled is error:
                 raise
             raise settled from error
@@ -116,7 +122,9 @@ def _asyncio_wrapper(task: IdempotentFunction) -> Callable[..., Coroutine[Any, A
         try:
             return await perform(call, task.function, args, kwargs)
         except BaseException as error:
-            settled = error if host is None else await asyncio.to_thread(host.settle, error, call.announce)
+            if host is None:
+                raise
+            settled = await asyncio.to_thread(host.settle, error, call.announce)
             if settled is error:
                 raise
             raise settled from error
@@ -174,8 +182,8 @@ class IdempotentFunction:
         idempotency = self._idempotency or config.default_idempotency()
         resolved = self._resolved
         if resolved is None or resolved[0] is not idempotency:
-            policy = (self._policy or idempotency.policy).replace(**self._fields)
-            if policy.on_duplicate != "skip":
+            policy = (self._policy or idempotency.policy).replace(**self._fields).in_force()
+            if policy.on_duplicate != "skip" and policy.active:
                 idempotency.codec.check(self._return_type.resolve())
             resolved = self._resolved = (idempotency, policy)
         return resolved
@@ -189,8 +197,9 @@ class IdempotentFunction:
             holder = f"{holder} {host.message}"
         try:
             made = self._plan.of(args, kwargs, default_scope=scope, framework_argument=framework_argument)
-        except InvalidKeyError:
-            if policy.active:
+        except Exception:
+            # Turned off, or in shadow, nothing of ours may keep the handler from running.
+            if policy.active and not policy.shadow:
                 raise
             made = CallKey("", "", None)
         request = ClaimRequest(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from idem_tasks.runtime import interruption_in
 
 
 class EventName(StrEnum):
@@ -102,10 +105,12 @@ class Announcer:
         self._observers = tuple(observers)
 
     def __call__(self, name: EventName, scope: str = "", key: str = "", **details: Any) -> None:
-        event = Event(name, scope, key, details)
+        event, before = Event(name, scope, key, details), sys.exception()
         for observer in self._observers:
             try:
                 observer(event)
-            except Exception:
-                # After an effect nothing may fail because somebody was watching.
+            except Exception as error:
+                # After an effect nothing may fail because somebody was watching; a soft time limit is no such failure.
+                if interruption_in(error, before) is not None:
+                    raise
                 _logger.exception("observer %r raised on %s", observer, name.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -15,10 +15,10 @@ from idem_tasks import config
 from idem_tasks.block import AsyncClaimBlock, ClaimBlock
 from idem_tasks.call import Call, Services
 from idem_tasks.claims import ClaimRequest, EncodedOutcome, Record, State, new_owner, process_name
-from idem_tasks.errors import ConfigurationError
+from idem_tasks.errors import ConfigurationError, InvalidKeyError
 from idem_tasks.events import Announcer, Observer, log_event
 from idem_tasks.heartbeat import Heartbeat, LoopHeartbeat, ThreadHeartbeat
-from idem_tasks.keys import check_key, check_scope, fingerprint_of
+from idem_tasks.keys import CallKey, check_key, check_scope, fingerprint_of
 from idem_tasks.outcomes import UNANNOTATED, Codec, JsonCodec, OutcomeContext, ReturnType
 from idem_tasks.policy import Policy, PolicyFields
 from idem_tasks.runtime import Asyncio, Blocking, HandlerStopIteration, run_sync
@@ -64,7 +64,7 @@ class Idempotency:
         self._announce = Announcer((log_event,) if observers is None else observers)
         self._lock = threading.Lock()
         self._blocking: Services | None = None
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Services] = weakref.WeakKeyDictionary()
+        self._loops: dict[asyncio.AbstractEventLoop, Services] = {}
 
     @classmethod
     def from_urls(
@@ -149,7 +149,7 @@ class Idempotency:
         is completed with None.
         """
         request = self._request(scope, key, fingerprint, self._policy(policy, fields))
-        return ClaimBlock(Call(request, self.services("blocking"), lambda: outcome_type))
+        return ClaimBlock(lambda: Call(request, self.services("blocking"), lambda: outcome_type))
 
     def aclaim(
         self,
@@ -226,7 +226,7 @@ class Idempotency:
         with self._lock:
             services, self._blocking = self._blocking, None
         if services is not None:
-            run_sync(services.heartbeat.beat())
+            run_sync(services.heartbeat.try_now())
             run_sync(services.store.close())
 
     def __enter__(self) -> Self:
@@ -255,7 +255,7 @@ class Idempotency:
         """As `close`, for the running event loop's connections."""
         services = self._loops.pop(asyncio.get_running_loop(), None)
         if services is not None:
-            await services.heartbeat.beat()
+            await services.heartbeat.try_now()
             await services.store.close()
 
     # What calls are made of
@@ -276,7 +276,9 @@ class Idempotency:
         loop = asyncio.get_running_loop()
         services = self._loops.get(loop)
         if services is None:
-            services = self._loops[loop] = self._serve(runtime, LoopHeartbeat)
+            with self._lock:
+                self._loops = {known: its for known, its in self._loops.items() if not known.is_closed()}
+                services = self._loops[loop] = self._serve(runtime, LoopHeartbeat)
         return services
 
     def _serve_blocking(self) -> Services:
@@ -298,7 +300,7 @@ class Idempotency:
         return self.services("asyncio").store
 
     def _policy(self, policy: Policy | None, fields: PolicyFields) -> Policy:
-        return (policy or self.policy).replace(**fields)
+        return (policy or self.policy).replace(**fields).in_force()
 
     def _call(
         self,
@@ -312,14 +314,23 @@ class Idempotency:
         runtime: RuntimeName,
     ) -> Call:
         data = [list(args), kwargs] if fingerprint is _ARGUMENTS else fingerprint
-        request = self._request(scope, key, data, policy or self.policy)
+        request = self._request(scope, key, data, (policy or self.policy).in_force())
         return Call(request, self.services(runtime), _return_type(handler))
 
     def _request(self, scope: str, key: object, fingerprint: Any, policy: Policy) -> ClaimRequest:
+        try:
+            made = CallKey(
+                check_scope(scope), check_key(key), None if fingerprint is None else fingerprint_of(fingerprint)
+            )
+        except InvalidKeyError:
+            # Turned off, or in shadow, nothing of ours may keep the handler from running.
+            if policy.active and not policy.shadow:
+                raise
+            made = CallKey("", "", None)
         return ClaimRequest(
-            scope=check_scope(scope),
-            key=check_key(key),
-            fingerprint=None if fingerprint is None else fingerprint_of(fingerprint),
+            scope=made.scope,
+            key=made.key,
+            fingerprint=made.fingerprint,
             owner=new_owner(),
             policy=policy,
             holder=process_name(),
@@ -336,16 +347,21 @@ class Idempotency:
         return await store.resolve(scope, key, encoded)
 
 
-@functools.lru_cache(maxsize=512)
-def _cached_return_type(handler: Callable[..., Any]) -> Callable[[], Any]:
-    return ReturnType(handler).resolve
+_return_types: weakref.WeakKeyDictionary[object, Any] = weakref.WeakKeyDictionary()
+"""By function, and weakly: `run` is given lambdas and closures, which hold whole messages."""
 
 
 def _return_type(handler: Callable[..., Any]) -> Callable[[], Any]:
-    try:
-        return _cached_return_type(handler)
-    except TypeError:  # an unhashable callable
-        return ReturnType(handler).resolve
+    function = inspect.unwrap(handler)
+
+    def resolve() -> Any:
+        if not inspect.isfunction(function):
+            return ReturnType(handler).resolve()
+        if function not in _return_types:
+            _return_types[function] = ReturnType(function).resolve()
+        return _return_types[function]
+
+    return resolve
 
 
 def _state(state: State | str) -> State:

@@ -111,11 +111,17 @@ class Policy:
             )
         return dataclasses.replace(self, **changes) if changes else self
 
+    def in_force(self) -> Policy:
+        """Return the policy as claims are made under it: in shadow nothing is left parked or in doubt."""
+        if not self.shadow:
+            return self
+        return self.replace(on_crash="rerun", safe_to_retry=(), max_attempts=None, max_crashes=None)
+
     @property
     def active(self) -> bool:
         """False where `enabled` is false or IDEM_TASKS_DISABLED is 1, true, yes or on; read at each call."""
-        # Anything else, such as "false" or a slip of the pen, keeps the protection.
-        return self.enabled and os.environ.get("IDEM_TASKS_DISABLED", "").lower() not in ("1", "true", "yes", "on")
+        # `in` first: a look-up that finds nothing costs three times as much.
+        return self.enabled and ("IDEM_TASKS_DISABLED" not in os.environ or not _is_disabled())
 
 
 FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(Policy))
@@ -141,6 +147,11 @@ class PolicyFields(TypedDict, total=False):
     max_outcome_bytes: int
     shadow: bool
     enabled: bool
+
+
+def _is_disabled() -> bool:
+    # Anything but a clear yes, such as "false" or a slip of the pen, keeps the protection.
+    return os.environ.get("IDEM_TASKS_DISABLED", "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def _seconds(name: str, value: object) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from idem_tasks.call import Call
@@ -9,6 +10,7 @@ from idem_tasks.claims import EncodedOutcome, Finished, State
 from idem_tasks.errors import DuplicateError, FingerprintMismatchError, OutcomeError, ReplayedFailureError
 from idem_tasks.events import EventName
 from idem_tasks.policy import Policy
+from idem_tasks.runtime import interruption_in
 
 MAX_ERROR_MESSAGE = 2000
 """Characters kept of an exception's text."""
@@ -21,16 +23,19 @@ _REASONS = {
 
 
 def keep(call: Call, value: Any) -> EncodedOutcome:
-    """Encode a handler's value; never raises an `Exception`, because its effect has happened (F43).
+    """Encode a handler's value; no fault of the codec or the value is raised, because the effect has happened (F43).
 
     What cannot be kept is logged, and the record is completed without it.
     """
     if call.policy.on_duplicate == "skip":
         return EncodedOutcome(not_kept="skipped")
-    codec = call.services.codec
+    codec, before = call.services.codec, sys.exception()
     try:
         body = codec.encode(value, call.return_type(), call.context)
-    except Exception as error:  # noqa: BLE001 - a user's codec may raise anything, and the effect must be recorded
+    except Exception as error:
+        # A user's codec may raise anything, and the effect must be recorded. What struck from outside is no fault.
+        if interruption_in(error, before) is not None:
+            raise
         reason = str(error) if isinstance(error, OutcomeError) else type(error).__name__
         call.announce(EventName.OUTCOME_NOT_KEPT, reason=reason)
         return EncodedOutcome(not_kept="not_encodable")
@@ -55,9 +60,12 @@ def type_name(kind: type[BaseException]) -> str:
 
 def message_of(error: BaseException) -> str:
     """Return an exception's text, cut to `MAX_ERROR_MESSAGE` characters, or its type where that text fails."""
+    before = sys.exception()
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - a user's exception may have a broken __str__
+    except Exception as broken:  # a user's exception may have a broken __str__
+        if interruption_in(broken, before) is not None:
+            raise
         text = f"<{type(error).__name__} without a readable message>"
     return text.replace("\x00", "").encode("utf-8", "replace").decode()[:MAX_ERROR_MESSAGE]
 
@@ -68,9 +76,7 @@ def replay(call: Call, finished: Finished) -> Any:
     Raises `FingerprintMismatchError` for other arguments, `DuplicateError` under on_duplicate="raise", the
     recorded failure, and `OutcomeError` for an outcome that was not kept or cannot be read.
     """
-    if not call.request.matches(finished.fingerprint):
-        call.announce(EventName.MISMATCHED)
-        raise FingerprintMismatchError(scope=call.request.scope, key=call.request.key)
+    check_arguments(call, finished)
     call.announce(EventName.REPLAYED, state=finished.outcome.state.value)
     match call.policy.on_duplicate:
         case "skip":
@@ -81,6 +87,22 @@ def replay(call: Call, finished: Finished) -> Any:
             )
         case _:
             return value_of(call, finished)
+
+
+def outcome_of_another(call: Call, finished: Finished) -> Any:
+    """Answer a handler that was superseded: all deliveries of a key see the outcome that was recorded first.
+
+    Raises `FingerprintMismatchError` if that was for other arguments, and what `value_of` raises.
+    """
+    check_arguments(call, finished)
+    return value_of(call, finished)
+
+
+def check_arguments(call: Call, finished: Finished) -> None:
+    """Raise `FingerprintMismatchError` if the key was finished for other arguments."""
+    if not call.request.matches(finished.fingerprint):
+        call.announce(EventName.MISMATCHED)
+        raise FingerprintMismatchError(scope=call.request.scope, key=call.request.key)
 
 
 def value_of(call: Call, finished: Finished) -> Any:

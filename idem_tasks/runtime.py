@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from types import CoroutineType
 from typing import Any, Protocol, TypeVar
 
-from idem_tasks.errors import ConfigurationError, IdemTasksError
+from idem_tasks.errors import ConfigurationError
 
 T = TypeVar("T")
 
@@ -48,7 +50,7 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
 class Runtime(Protocol):
     """What a claim needs of the world its handler lives in."""
 
-    async def invoke(self, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    async def invoke(self, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the handler on its caller's thread and return its value."""
         ...
 
@@ -59,8 +61,13 @@ class Runtime(Protocol):
     async def shield(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Bring an operation to its end though this call is cancelled meanwhile; raise the cancellation after it.
 
-        The operation must be one that may be begun again: its first try may have taken effect.
+        The operation must be one that may be begun again: its first try may have taken effect. What it raises itself
+        gives way to a cancellation or shutdown, which is never swallowed, and becomes its cause.
         """
+        ...
+
+    def can_wait(self, *, after: BaseException) -> bool:
+        """Tell whether anything can still be awaited once this was raised."""
         ...
 
 
@@ -75,13 +82,13 @@ class HandlerStopIteration(Exception):  # noqa: N818 - it carries what it is nam
 class Blocking:
     """Plain functions: in threads, processes, greenlets."""
 
-    async def invoke(self, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    async def invoke(self, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the handler."""
         try:
             value = handler(*args, **kwargs)
         except StopIteration as error:
             raise HandlerStopIteration(error) from None
-        if inspect.iscoroutine(value):
+        if type(value) is CoroutineType:
             value.close()
             raise ConfigurationError(
                 f"{getattr(handler, '__qualname__', handler)} returned a coroutine, which nobody awaits here; "
@@ -99,28 +106,37 @@ class Blocking:
         A soft time limit, SystemExit on shutdown or a gevent.Timeout can strike at any instruction. Stores raise
         it as itself, also when a database driver has wrapped it (`interruption_in`).
         """
-        struck: BaseException | None = None
+        before, struck = sys.exception(), None
         for _ in range(_SHIELD_TRIES):
             try:
                 value = await operation()
-            except IdemTasksError:
-                raise
-            except BaseException as interruption:  # noqa: BLE001 - raised after the operation's end
-                struck = interruption
-                continue
-            if struck is not None:
-                raise struck
-            return value
+            except BaseException as error:
+                interruption = interruption_in(error, before)
+                if interruption is not None:
+                    struck = interruption
+                elif struck is None or isinstance(struck, Exception):
+                    raise
+                else:
+                    raise struck from error
+            else:
+                if struck is not None:
+                    raise struck
+                return value
         assert struck is not None
         raise struck
+
+    def can_wait(self, *, after: BaseException) -> bool:
+        """Say yes: nothing here ever suspends."""
+        return True
 
 
 class Asyncio:
     """Coroutine functions, on the running event loop."""
 
-    async def invoke(self, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Await the handler."""
-        return await handler(*args, **kwargs)
+    async def invoke(self, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Await the handler; one that returns its value at once (under a wrapper that waited itself) has run too."""
+        value = handler(*args, **kwargs)
+        return await value if inspect.isawaitable(value) else value
 
     async def sleep(self, seconds: float) -> None:
         """Suspend this task."""
@@ -128,25 +144,23 @@ class Asyncio:
 
     async def shield(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run the operation in a task of its own; a loop that shuts down cancels that too: then begin again."""
-        cancelled = asyncio.CancelledError()
-        was_cancelled = False
+        cancelled: asyncio.CancelledError | None = None
         for _ in range(_SHIELD_TRIES):
             task = asyncio.ensure_future(operation())
             while not task.done():
                 try:
-                    await asyncio.shield(task)
+                    await asyncio.wait((task,))
                 except asyncio.CancelledError as error:
-                    cancelled, was_cancelled = error, True
-                except GeneratorExit:
-                    raise  # this coroutine is thrown away with its loop; it may not wait any more
-                except BaseException:  # noqa: BLE001, S110 - the operation's own; result() raises it below
-                    pass
+                    cancelled = error
             if not task.cancelled():
-                value = task.result()
-                if was_cancelled:
-                    raise cancelled
-                return value
-        raise cancelled
+                if cancelled is None:
+                    return task.result()
+                raise cancelled from task.exception()
+        raise cancelled or asyncio.CancelledError
+
+    def can_wait(self, *, after: BaseException) -> bool:
+        """Say no after GeneratorExit: the event loop is gone, or does not know this coroutine any more."""
+        return not isinstance(after, GeneratorExit)
 
 
 _SHIELD_TRIES = 10

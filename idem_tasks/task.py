@@ -20,7 +20,6 @@ from typing import Any
 from idem_tasks.call import Call
 from idem_tasks.claims import (
     Claim,
-    ClaimAnswer,
     EncodedOutcome,
     Finished,
     Granted,
@@ -37,7 +36,7 @@ from idem_tasks.claims import (
     leave,
 )
 from idem_tasks.errors import (
-    ConflictError,
+    ConfigurationError,
     IdemTasksError,
     InDoubtError,
     InProgressError,
@@ -47,10 +46,11 @@ from idem_tasks.errors import (
     StoreUnavailableError,
 )
 from idem_tasks.events import EventName
-from idem_tasks.replay import keep, keep_failure, message_of, replay, type_name, value_of
+from idem_tasks.replay import keep, keep_failure, message_of, outcome_of_another, replay, type_name
 from idem_tasks.runtime import HandlerStopIteration, deadline_clock
 
 Handler = Callable[..., Any]
+Answer = Claim | Finished | InProgress | InDoubt | Parked
 Ending = Recorded | Released | Finished | Lost | None
 
 _FIRST_PAUSE = 0.05
@@ -59,6 +59,9 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 """Seconds between two such tries, at most."""
 
+_PASSING = (InProgressError, LeaseLostError, StoreUnavailableError)
+"""Errors by which a nested call asks for another delivery: they are no failure of the handler that met them."""
+
 
 async def perform(call: Call, handler: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run the handler once for its key, and return the outcome that all deliveries of this key see.
@@ -66,24 +69,25 @@ async def perform(call: Call, handler: Handler, args: tuple[Any, ...], kwargs: M
     Raises what the handler raises; `InProgressError`, `LeaseLostError` and `StoreUnavailableError` when the message
     must be delivered again; `InDoubtError` and `ParkedError` when a person has to look.
     """
-    opened = await open_claim(call)
-    if isinstance(opened, Finished):
-        return replay(call, opened)
-    claim, raised, value = opened, None, None
-    token = enter(claim)
+    outside = enter(None)
     try:
-        value = await call.services.runtime.invoke(handler, args, dict(kwargs))
-    except GeneratorExit:
-        # The event loop is gone and nothing can be awaited any more: the lease runs out by itself.
-        call.services.heartbeat.let_go(claim)
-        raise
-    except BaseException as error:  # noqa: BLE001 - goes on unchanged once the claim is released
-        raised = error
+        claim = await open_claim(call)
+        if isinstance(claim, Finished):
+            return replay(call, claim)
+        enter(claim)
+        try:
+            value = await call.services.runtime.invoke(handler, args, kwargs)
+        except BaseException as raised:
+            recorded = await give_up(call, claim, raised)
+            if recorded is None:
+                raise
+        else:
+            return await record(call, claim, value)
+        return outcome_of_another(call, recorded)
     finally:
-        leave(token)
-    if raised is not None:
-        return await give_up(call, claim, raised)
-    return await record(call, claim, value)
+        # Whatever struck, and wherever: a claim whose call is over is renewed no more, so that its lease runs out.
+        call.services.heartbeat.let_go(call.request.owner)
+        leave(outside)
 
 
 async def open_claim(call: Call) -> Claim | Finished:
@@ -94,46 +98,51 @@ async def open_claim(call: Call) -> Claim | Finished:
     """
     if not call.policy.active:
         return unprotected(call)
+    if not call.request.key:  # in shadow only; elsewhere no key is an error
+        call.announce(EventName.UNPROTECTED_RUN, error="no usable key")
+        return unprotected(call)
     try:
-        return await claim_or_wait(call)
-    except StoreUnavailableError as error:
-        if call.policy.on_store_unavailable == "raise" and not call.policy.shadow:
+        claim = await claim_or_wait(call)
+    except IdemTasksError as error:
+        if call.policy.shadow and not isinstance(error, StoreError | ConfigurationError):
+            call.announce(EventName.SHADOW_DUPLICATE, found=type(error).__name__)
+        elif not runs_without_store(call, error):
             raise
+        return unprotected(call)
+    if isinstance(claim, Finished) and call.policy.shadow:
+        call.announce(EventName.SHADOW_DUPLICATE, found=claim.outcome.state.value)
+        return unprotected(call)
+    return claim
+
+
+def runs_without_store(call: Call, error: IdemTasksError) -> bool:
+    """Tell, and announce, whether this store's error must not keep a handler from running nor from returning."""
+    if call.policy.shadow or (call.policy.on_store_unavailable == "run" and isinstance(error, StoreUnavailableError)):
         call.announce(EventName.UNPROTECTED_RUN, error=str(error))
-    except (ConflictError, InDoubtError, ParkedError, StoreError) as error:
-        if not call.policy.shadow:
-            raise
-        call.announce(EventName.SHADOW_DUPLICATE, found=type(error).__name__)
-    return unprotected(call)
+        return True
+    return False
 
 
 async def claim_or_wait(call: Call) -> Claim | Finished:
     """Claim the key; while it is in progress elsewhere, wait as long as the policy says."""
-    waits_until = deadline_clock() + (call.policy.wait_timeout if call.policy.on_in_progress == "wait" else 0.0)
-    pause = _FIRST_PAUSE
+    waits = call.policy.on_in_progress == "wait" and not call.policy.shadow
+    waits_until = deadline_clock() + (call.policy.wait_timeout if waits else 0.0)
+    scope, key, pause = call.request.scope, call.request.key, _FIRST_PAUSE
     while True:
-        asked_at = deadline_clock()
         match await claim_or_withdraw(call):
-            case Granted(lease):
-                return take_up(call, lease, asked_at)
-            case Finished() as finished:
-                if not call.policy.shadow:
-                    return finished
-                call.announce(EventName.SHADOW_DUPLICATE, found=finished.outcome.state.value)
-                return unprotected(call)
+            case Claim() | Finished() as opened:
+                return opened
             case InDoubt(new):
                 call.announce(EventName.IN_DOUBT, new=new)
-                raise InDoubtError(scope=call.request.scope, key=call.request.key)
+                raise InDoubtError(scope=scope, key=key)
             case Parked(crashes, failures, new):
                 call.announce(EventName.PARKED, crashes=crashes, failures=failures, new=new)
-                raise ParkedError(scope=call.request.scope, key=call.request.key, crashes=crashes, failures=failures)
+                raise ParkedError(scope=scope, key=key, crashes=crashes, failures=failures)
             case InProgress(retry_after):
                 left = waits_until - deadline_clock()
-                if left <= 0 or call.policy.shadow:
+                if left <= 0:
                     call.announce(EventName.IN_PROGRESS, retry_after=round(retry_after, 3))
-                    raise InProgressError(
-                        scope=call.request.scope, key=call.request.key, retry_after=max(retry_after, 0.0)
-                    )
+                    raise InProgressError(scope=scope, key=key, retry_after=max(retry_after, 0.0))
                 await call.services.runtime.sleep(min(pause, left))
                 pause = min(pause * 2, _LONGEST_PAUSE)
 
@@ -145,29 +154,21 @@ def unprotected(call: Call) -> Claim:
     return claim
 
 
-async def claim_or_withdraw(call: Call) -> ClaimAnswer:
+async def claim_or_withdraw(call: Call) -> Answer:
     """Ask the store; when this is interrupted on the way, give up whatever was granted meanwhile.
 
     Nothing has run yet: a claim that nobody holds would make others wait for its lease, or doubt it.
     """
-    try:
-        return await call.services.store.claim(call.request)
-    except IdemTasksError:
-        raise
-    except BaseException as interruption:  # noqa: BLE001 - raised once the claim is withdrawn
-        withdrawn = interruption
-    await call.services.runtime.shield(lambda: withdraw(call))
-    raise withdrawn
-
-
-async def withdraw(call: Call) -> None:
-    """Release what an interrupted claim may have been granted; the same owner is granted the same claim again."""
+    asked_at = deadline_clock()
     try:
         answer = await call.services.store.claim(call.request)
-        if isinstance(answer, Granted):
-            await call.services.store.release(answer.lease, Release())
-    except StoreError as error:
-        call.announce(EventName.RELEASE_FAILED, error=str(error))
+        return take_up(call, answer.lease, asked_at) if isinstance(answer, Granted) else answer
+    except IdemTasksError:
+        raise
+    except BaseException as interruption:
+        if call.services.runtime.can_wait(after=interruption):
+            await call.services.runtime.shield(lambda: withdraw(call))
+        raise
 
 
 def take_up(call: Call, lease: Lease, asked_at: float) -> Claim:
@@ -180,29 +181,35 @@ def take_up(call: Call, lease: Lease, asked_at: float) -> Claim:
     return claim
 
 
+async def withdraw(call: Call) -> None:
+    """Release what an interrupted claim may have been granted; the same owner is granted the same claim again."""
+    call.services.heartbeat.let_go(call.request.owner)
+    try:
+        answer = await call.services.store.claim(call.request)
+        if isinstance(answer, Granted):
+            await call.services.store.release(answer.lease, Release())
+    except IdemTasksError as error:
+        call.announce(EventName.RELEASE_FAILED, error=str(error))
+
+
 async def record(call: Call, claim: Claim, value: Any) -> Any:
-    """Steps 4 and 5: record the value and return it; from here on nothing releases the claim any more."""
+    """Steps 4 and 5: record the value and return it; from here on nothing releases the claim any more.
+
+    Where somebody else's outcome is recorded already, that is returned instead.
+    """
     if not claim.protected:
         return value
-    outcome = keep(call, value)
     try:
-        answer = await call.services.runtime.shield(lambda: finish(call, claim, outcome))
-    except StoreError:
-        if call.policy.shadow:
+        answer = await call.services.runtime.shield(lambda: finish(call, claim, keep(call, value)))
+    except IdemTasksError as error:
+        if runs_without_store(call, error):
             return value
         raise
-    match answer:
-        case Recorded():
-            call.announce(EventName.COMPLETED, fencing_token=claim.fencing_token)
-            return value
-        case Finished():
-            call.announce(EventName.SUPERSEDED, fencing_token=claim.fencing_token)
-            return value if call.policy.shadow else value_of(call, answer)
-        case Lost():
-            lost = lease_lost(call, claim)
-            if call.policy.shadow:
-                return value
-            raise lost
+    if isinstance(answer, Recorded) or call.policy.shadow:
+        return value
+    if isinstance(answer, Finished):
+        return outcome_of_another(call, answer)
+    raise lease_lost(claim)
 
 
 async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded | Finished | Lost:
@@ -212,12 +219,15 @@ async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded 
     message come back: it must never be acknowledged on the strength of a marker (F45, F57).
     """
     store, pause = call.services.store, _FIRST_PAUSE
-    call.services.heartbeat.let_go(claim)
+    call.services.heartbeat.let_go(claim.lease.owner)
     while True:
         try:
-            return await store.finish(claim.lease, outcome, may_insert=not claim.lost)
-        except StoreError as error:
+            answer = await store.finish(claim.lease, outcome, may_insert=not claim.lost)
+        except (StoreError, ConfigurationError) as error:  # even a table that is gone: the effect has happened
             refused = error
+        else:
+            tell(call, claim, answer, outcome.error_type)
+            return answer
         if call.policy.shadow:
             raise refused
         if deadline_clock() + pause >= claim.deadline:
@@ -233,37 +243,30 @@ async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded 
     ) from refused
 
 
-async def give_up(call: Call, claim: Claim, raised: BaseException) -> Any:
+async def give_up(call: Call, claim: Claim, raised: BaseException) -> Finished | None:
     """The handler raised: record a final failure, or release the claim, before its exception goes on unchanged.
 
-    Where somebody else's outcome is recorded already, that is returned instead, and the exception is logged (F58).
+    Returns the outcome that somebody else has recorded: it is the answer then, and the exception is announced (F58).
+    None: the exception goes on.
     """
-    if not claim.protected:
-        raise raised
+    runtime = call.services.runtime
+    if not claim.protected or not runtime.can_wait(after=raised):
+        return None
     error = raised.error if isinstance(raised, HandlerStopIteration) else raised
-    if isinstance(error, call.policy.record_failures):
-        outcome = keep_failure(error)
-        answer: Ending = await call.services.runtime.shield(lambda: finish(call, claim, outcome))
-    else:
-        answer = await call.services.runtime.shield(lambda: let_go(call, claim, error))
-    match answer:
-        case Recorded():
-            call.announce(EventName.FAILED, error=type(error).__name__)
-        case Released(State.IN_DOUBT):
-            call.announce(EventName.IN_DOUBT, new=True, error=type(error).__name__)
-        case Released(State.PARKED):
-            call.announce(EventName.PARKED, new=True, error=type(error).__name__)
-        case Released():
-            call.announce(EventName.RELEASED, error=type(error).__name__)
-        case Finished():
-            call.announce(EventName.SUPERSEDED, fencing_token=claim.fencing_token, error=type(error).__name__)
-            if isinstance(error, Exception) and not call.policy.shadow:
-                return value_of(call, answer)
-        case Lost():
-            lost = lease_lost(call, claim)
-            if isinstance(error, Exception) and not call.policy.shadow:
-                raise lost from error
-    raise raised
+    try:
+        if isinstance(error, call.policy.record_failures) and is_failure(call, error):
+            answer: Ending = await runtime.shield(lambda: finish(call, claim, keep_failure(error)))
+        else:
+            answer = await runtime.shield(lambda: let_go(call, claim, error))
+    except IdemTasksError as refused:
+        if runs_without_store(call, refused):
+            return None
+        raise
+    if call.policy.shadow or not isinstance(error, Exception):
+        return None
+    if isinstance(answer, Lost):
+        raise lease_lost(claim) from error
+    return answer if isinstance(answer, Finished) else None
 
 
 async def let_go(call: Call, claim: Claim, error: BaseException) -> Ending:
@@ -271,18 +274,27 @@ async def let_go(call: Call, claim: Claim, error: BaseException) -> Ending:
 
     Then the lease runs out by itself, and the next delivery takes over from it as after a crash.
     """
-    call.services.heartbeat.let_go(claim)
+    call.services.heartbeat.let_go(claim.lease.owner)
     release = Release(
-        failed=isinstance(error, Exception) and (call.host is None or call.host.is_failure(error)),
+        failed=is_failure(call, error),
         in_doubt=call.policy.on_crash == "hold" and not proves_no_effect(call, error),
         error_type=type_name(type(error)),
         error_message=message_of(error),
     )
     try:
-        return await call.services.store.release(claim.lease, release)
-    except StoreError as refused:
+        answer = await call.services.store.release(claim.lease, release)
+    except (StoreError, ConfigurationError) as refused:
         call.announce(EventName.RELEASE_FAILED, error=str(refused))
         return None
+    tell(call, claim, answer, type(error).__name__)
+    return answer
+
+
+def is_failure(call: Call, error: BaseException) -> bool:
+    """Tell a handler's failure from a shutdown, a framework's control flow, and a nested call that was put off."""
+    if not isinstance(error, Exception) or isinstance(error, _PASSING):
+        return False
+    return call.host is None or call.host.is_failure(error)
 
 
 def proves_no_effect(call: Call, error: BaseException) -> bool:
@@ -292,7 +304,26 @@ def proves_no_effect(call: Call, error: BaseException) -> bool:
     return call.host is not None and call.host.proves_no_effect(error)
 
 
-def lease_lost(call: Call, claim: Claim) -> LeaseLostError:
-    """Say that the claim was taken over while its handler ran."""
-    call.announce(EventName.LEASE_LOST, fencing_token=claim.fencing_token)
+def tell(call: Call, claim: Claim, answer: Recorded | Released | Finished | Lost, error: str | None) -> None:
+    """Announce how a claim ended; `error` is the type of what its handler raised, None if it returned."""
+    details: dict[str, Any] = {"fencing_token": claim.fencing_token}
+    if error is not None:
+        details["error"] = error
+    match answer:
+        case Recorded():
+            call.announce(EventName.COMPLETED if error is None else EventName.FAILED, **details)
+        case Released(State.IN_DOUBT):
+            call.announce(EventName.IN_DOUBT, new=True, **details)
+        case Released(State.PARKED):
+            call.announce(EventName.PARKED, new=True, **details)
+        case Released():
+            call.announce(EventName.RELEASED, **details)
+        case Finished():
+            call.announce(EventName.SUPERSEDED, **details)
+        case Lost():
+            call.announce(EventName.LEASE_LOST, **details)
+
+
+def lease_lost(claim: Claim) -> LeaseLostError:
+    """Say that the claim was taken over while its handler ran, and that no outcome is recorded yet."""
     return LeaseLostError(scope=claim.scope, key=claim.key, fencing_token=claim.fencing_token)

@@ -277,6 +277,22 @@ def test_a_store_error_after_an_interruption_is_raised() -> None:
     assert operation.tries == 2
 
 
+def test_a_shutdown_is_never_swallowed_by_a_store_error() -> None:
+    """A process that was told to end ends, whatever its store says; its message was not acknowledged."""
+    operation = Interrupted(SystemExit(5), StoreUnavailableError("down"))
+    with pytest.raises(SystemExit) as raised:
+        run_sync(Blocking().shield(operation))
+    assert isinstance(raised.value.__cause__, StoreUnavailableError)
+
+
+def test_a_fault_of_the_operation_is_no_interruption() -> None:
+    """An exception that struck from nowhere else is raised at once, not tried again."""
+    operation = Interrupted(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        run_sync(Blocking().shield(operation))
+    assert operation.tries == 1
+
+
 def test_the_blocking_shield_does_not_try_for_ever() -> None:
     """An operation that always fails ends in its own error."""
     operation = Interrupted(*[SoftLimit(str(number)) for number in range(100)])
@@ -382,8 +398,8 @@ def test_a_store_error_is_raised_by_the_asyncio_shield() -> None:
     on_a_loop(story)
 
 
-def test_a_store_error_after_a_cancellation_is_raised() -> None:
-    """That the outcome is not recorded matters more than the cancellation."""
+def test_a_cancellation_is_never_swallowed_by_a_store_error() -> None:
+    """A consumer that is cancelled must end, whatever its store says; that is the cause it ends with."""
 
     async def story() -> None:
         steps = Steps(StoreUnavailableError("down"))
@@ -392,8 +408,9 @@ def test_a_store_error_after_a_cancellation_is_raised() -> None:
         task.cancel()
         await asyncio.sleep(0)
         steps.may_end.set()
-        with pytest.raises(StoreUnavailableError):
+        with pytest.raises(asyncio.CancelledError) as raised:
             await task
+        assert isinstance(raised.value.__cause__, StoreUnavailableError)
 
     on_a_loop(story)
 
@@ -436,7 +453,7 @@ def test_a_coroutine_thrown_away_in_its_finish_goes_quietly() -> None:
 # What struck
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def soft_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_INTERRUPTIONS", [])
     register_interruption(SoftLimit)
