@@ -7,13 +7,13 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
 from celery import Celery, current_task, shared_task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
-from ledger import Ledger
+from ledger import Ledger  # type: ignore[import-not-found] # beside this file, for the worker
 from pydantic import BaseModel
 
 from idem_tasks import Event, EventName, configure, current_claim, idempotent_task, log_event
@@ -24,6 +24,8 @@ LATE: Any = {"acks_late": True, "reject_on_worker_lost": True}
 
 def note_event(event: Event) -> None:
     ledger.note(event.name.value, event.key, scope=event.scope, **event.details)
+    if event.name is EventName.PUT_BACK:
+        ledger.note(f"put_back_{event.details['reason']}", event.key)
     if current_task and event.name in {EventName.IN_PROGRESS, EventName.REPLAYED}:
         ledger.note("seen", event.key, **facts(current_task.request))
 
@@ -34,9 +36,10 @@ app.conf.update(json.loads(os.environ["SHOP_CONFIG"]))
 
 
 def held_until_told(order: str, seconds: float = 30.0) -> None:
-    """Run until the test notes `go` for this order."""
+    """Run until the test notes `go` for this order, or `go-2` for its second attempt."""
+    own = f"go-{current_claim().attempt}"
     deadline = time.monotonic() + seconds
-    while not ledger.count("go", order) and time.monotonic() < deadline:
+    while not (ledger.count("go", order) or ledger.count(own, order)) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
@@ -143,14 +146,19 @@ class Receipt:
 def exact(order: str) -> dict[str, Any]:
     """Return what JSON alone would change, without saying so in the annotation."""
     ledger.note("effect", order)
-    return {"at": datetime(2026, 1, 2, 3, 4, 5, 6), "amount": Decimal("1.10"), "order": order, "nothing": None}
+    return {
+        "at": datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC),
+        "amount": Decimal("1.10"),
+        "order": order,
+        "nothing": None,
+    }
 
 
 @app.task(name="shop.annotated", **LATE)
 @idempotent_task(key="{order}")
 def annotated(order: str) -> tuple[datetime, Decimal]:
     ledger.note("effect", order)
-    return datetime(2026, 1, 2, 3, 4, 5, 6), Decimal("1.10")
+    return datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC), Decimal("1.10")
 
 
 @app.task(name="shop.collect", **LATE)
@@ -199,6 +207,20 @@ def dies(order: str) -> int:
     if current_claim().attempt == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return current_claim().attempt
+
+
+@app.task(name="shop.kills", **LATE)
+@idempotent_task(key="{order}", max_crashes=1)
+def kills(order: str) -> None:
+    """Die every time."""
+    ledger.note("started", order)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(name="shop.unsure", acks_late=True)
+@idempotent_task(key="{order}")
+def unsure(order: str) -> None:
+    """Celery takes a killed process for done."""
 
 
 @app.task(name="shop.early")

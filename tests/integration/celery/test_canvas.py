@@ -1,6 +1,6 @@
 """Chains, groups, chords and links with duplicates in them: each caller sees one outcome, and everything fires."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -42,7 +42,7 @@ def test_a_chord_with_duplicates_fires_once_with_exact_values(
     keys = [f"{unique_name}-{letter}" for letter in order]
     body = shop.task("collect", unique_name)
     values = chord([shop.task(task, key) for key in keys], body).apply_async().get(timeout=SECONDS)
-    at, amount = datetime(2026, 1, 2, 3, 4, 5, 6), Decimal("1.10")
+    at, amount = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC), Decimal("1.10")
     if task == "exact":
         assert values == [{"at": at, "amount": amount, "order": key, "nothing": None} for key in keys]
     else:

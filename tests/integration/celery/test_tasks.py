@@ -15,7 +15,7 @@ def record_state(shop: Shop, scope: str, key: str) -> State | None:
     idempotency = Idempotency.from_urls(database_url=shop.store["database_url"])
     record = idempotency.get(scope, key)
     idempotency.close()
-    return record and record.state
+    return None if record is None else record.state
 
 
 @pytest.mark.parametrize("task", ["charge", "shared", "refund", "exact"])
@@ -108,6 +108,14 @@ def test_a_killed_child_loses_nothing(shop: Shop, unique_name: str) -> None:
     assert result.get(timeout=SECONDS) == 2
     assert shop.ledger.count("taken_over", unique_name) == 1
     assert shop.ledger.count("effect", unique_name) == 2, "rerun: at least once when a worker dies in mid-run"
+
+
+def test_a_message_that_kills_its_worker_is_parked(shop: Shop, unique_name: str) -> None:
+    """F42: crashes are counted when the key is taken over, so that a poisoned message ends, and is seen."""
+    failed = shop.send("kills", unique_name).get(timeout=SECONDS, propagate=False)
+    assert "ParkedError" in repr(failed)
+    assert shop.ledger.count("started", unique_name) == 2
+    assert record_state(shop, "shop.kills", unique_name) is State.PARKED
 
 
 def test_a_decimal_survives(shop: Shop, unique_name: str) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from amqp.exceptions import ChannelError
 from celery import Celery
 
 from tests.integration.celery.ledger import Ledger
@@ -143,21 +142,23 @@ class Shop:
         """A signature, for a canvas."""
         return self.client.signature(f"shop.{task}", args=args, kwargs=kwargs)
 
-    def go(self, order: str) -> None:
-        """Let a held handler go on."""
-        self.ledger.note("go", order)
+    def go(self, order: str, *, attempt: int | None = None) -> None:
+        """Let a held handler go on, or only that of one attempt."""
+        self.ledger.note("go" if attempt is None else f"go-{attempt}", order)
 
     def waiting(self) -> int:
         """How many messages are in the queue, not counting what workers hold."""
         with self.client.connection_for_read() as connection, connection.channel() as channel:
             try:
                 return int(channel.queue_declare(self.name, passive=True).message_count)
-            except ChannelError:  # an empty queue is none at all, in Redis
+            except connection.channel_errors:  # an empty queue is none at all, in Redis
                 return 0
 
     def close(self) -> None:
         for worker in self.workers:
             worker.kill()
+        self.client.backend.result_consumer.stop()
+        self.client.backend.client.connection_pool.disconnect()
         self.client.close()
 
 
