@@ -10,7 +10,6 @@ import inspect
 import os
 import re
 import secrets
-import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -154,6 +153,8 @@ class _FromAddress:
             self._options["unix_socket_path"] = address.path
         if address.kind != "cluster":
             self._options["db"] = address.db
+            # redis-py 5 wants to know it here; later ones take it from `retry`.
+            self._options["retry_on_error"] = [exceptions.ConnectionError]
         for name, value in _query_options(address.query).items():
             if name.startswith("sentinel_"):
                 self._sentinel_options[name.removeprefix("sentinel_")] = value
@@ -253,7 +254,7 @@ class _Connection:
         self._runtime = runtime
         self._prefix = prefix.encode()
         self._by_process: dict[int, _Client] = {}
-        self._by_loop: weakref.WeakKeyDictionary[Any, _Client] = weakref.WeakKeyDictionary()
+        self._by_loop: dict[asyncio.AbstractEventLoop, _Client] = {}
 
     async def set_if_absent(self, key: bytes, value: bytes, milliseconds: int) -> bytes | None:
         async def send(client: _Client) -> Any:
@@ -343,6 +344,8 @@ class _Connection:
         loop = asyncio.get_running_loop()
         found = self._by_loop.get(loop)
         if found is None:
+            for ended in [each for each in list(self._by_loop) if each.is_closed()]:
+                self._by_loop.pop(ended, None)
             found = self._by_loop[loop] = self._new()
         return found
 
@@ -354,8 +357,16 @@ class _Connection:
         client.redis = client.opened[0]
         if self._runtime == "asyncio" and self._opener.is_ours:
             # An event loop that ends closes the generators that are still open in it, and so this client.
-            client.until_loop_ends = _open_until_closed(client.opened)
+            client.until_loop_ends = self._until_loop_ends(client)
             await anext(client.until_loop_ends)
+
+    async def _until_loop_ends(self, client: _Client) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            self._by_loop.pop(asyncio.get_running_loop(), None)
+            for each in client.opened:
+                await each.aclose()
 
     async def _test(self, client: _Client) -> None:
         """Find out by trying, never by a version number, whether the server does what everything rests on (F20)."""
@@ -402,14 +413,6 @@ class _Connection:
             first = second = None
         await resolve(client.redis.delete(key))
         return first is None and second == b"a"
-
-
-async def _open_until_closed(opened: Sequence[Any]) -> AsyncGenerator[None, None]:
-    try:
-        yield
-    finally:
-        for client in opened:
-            await client.aclose()
 
 
 async def _set_and_get(client: Any, key: bytes, value: bytes, milliseconds: int) -> Any:
@@ -503,7 +506,8 @@ _CODES: dict[type[Exception], str] = {
 """Redis' error codes, which redis-py takes away from the text of those that have a class of their own."""
 
 _CODE = re.compile(
-    r"(?:^|-)(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOAUTH|NOPERM|NOREPLICAS|OOM|READONLY|UNKILLABLE|WRONGTYPE)\b"
+    r"(?:^|-)(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|MOVED|NOAUTH|NOPERM|NOREPLICAS|OOM|READONLY|TRYAGAIN|"
+    r"UNKILLABLE|WRONGPASS|WRONGTYPE)\b"
 )
 """The code at the beginning of an error, or where 6.2 has it in a script's: `ERR Error running script: .. -OOM ..`"""
 
@@ -528,6 +532,10 @@ _SETUP = {
     "NOPERM": f"does not allow this user a command or key; it needs {_COMMANDS}",
     "MOVED": "is a node of a cluster; use redis+cluster://",
 }
+
+
+_POOL_EMPTY = ("Too many connections", "No connection available.")
+"""What redis-py says when its pool has a limit, which the server has no part in."""
 
 
 def _code(error: BaseException) -> str:
@@ -557,6 +565,8 @@ def _explained(error: BaseException, name: str, *, new: bool) -> tuple[Exception
         return wrong_setup(f"{name} has no database of this number; choose another, or raise `databases`"), False
     if "Cluster mode is not enabled" in text:
         return wrong_setup(f"{name} is no cluster; use redis:// instead of redis+cluster://"), False
+    if text in _POOL_EMPTY:
+        return StoreUnavailableError(f"{name}: all connections are in use; raise max_connections"), False
     if isinstance(error, exceptions.ResponseError | exceptions.InvalidResponse):
         if "unknown command" in text.lower():
             return wrong_setup(f"{name} is too old or lacks a command ({text[:100]}); {_NEEDED}"), False

@@ -196,6 +196,17 @@ def test_busy_with_a_script(private_redis: Start, store: Make) -> None:
     assert "SCRIPT KILL" in str(error)
 
 
+def test_a_pool_that_is_empty_is_no_outage(redis_url: str, store: Make) -> None:
+    """Too few connections for the threads that want one say so, and keep no other call from its try."""
+    small = store(redis_url + "?max_connections=1")
+    run_sync(small.prepare())
+    (pool,) = [client.redis.connection_pool for client in small._connection._by_process.values()]
+    busy = pool.get_connection()
+    assert "raise max_connections" in str(error_of(small))
+    pool.release(busy)
+    run_sync(small.take(request()))
+
+
 def test_a_key_of_another_type(redis_url: str, store: Make) -> None:
     """A foreign key in a marker's place is an error: the record decides, nothing is guessed."""
     with Redis.from_url(redis_url) as client:
@@ -241,7 +252,7 @@ def test_a_cluster_node_wants_its_own_scheme(redis_cluster: Any, store: Make) ->
         except (ConfigurationError, StoreError) as error:
             refused.append(str(error))
     assert refused
-    assert all("redis+cluster://" in error for error in refused)
+    assert {"redis+cluster://" in error for error in refused} == {True}, refused
 
 
 def test_a_single_server_is_no_cluster(redis_url: str, store: Make) -> None:

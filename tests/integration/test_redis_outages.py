@@ -264,6 +264,21 @@ def test_a_second_event_loop_has_connections_of_its_own(private_redis: Start) ->
         wait_until(lambda: len(client.client_list()) == before, seconds=5, what="the connections to be closed")
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_loop_that_was_dropped_is_let_go(redis_url: str) -> None:
+    """An event loop that was closed without an end of its tasks leaves nothing in the store (F54)."""
+    store = RedisStore(redis_url).on("asyncio", Announcer(()))
+    for number in range(3):
+        loop = asyncio.new_event_loop()
+        assert loop.run_until_complete(store.take(request(f"key {number}"))) == MarkerTaken()
+        loop.close()
+    assert len(store._connection._by_loop) == 1
+    asyncio.run(store.take(request("last")))
+    assert not store._connection._by_loop
+    del loop
+    gc.collect()  # what was dropped warns here, and not in the next test
+
+
 def test_two_event_loops_at_once(redis_url: str) -> None:
     """Loops in two threads share a store, and no connection."""
     store = RedisStore(redis_url).on("asyncio", Announcer(()))
