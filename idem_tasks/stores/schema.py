@@ -41,6 +41,8 @@ ERROR_MESSAGE_CHARACTERS = 2000
 NAME_CHARACTERS = 255
 """What is kept of a holder's name and of an error's type."""
 
+TRACEPARENT_CHARACTERS = 55
+
 DEFAULT_PREFIX = "idem_tasks_"
 
 _MYSQL_FAMILY = ("mysql", "mariadb")
@@ -131,7 +133,7 @@ def records_table(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Ta
         Column("expires_at", Instant, nullable=False),
         Column("generation", Integer, nullable=False),
         Column("attention", String(8)),
-        Column("traceparent", String(55)),
+        Column("traceparent", String(TRACEPARENT_CHARACTERS)),
         PrimaryKeyConstraint("scope", "key"),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",

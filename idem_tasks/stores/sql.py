@@ -132,6 +132,9 @@ class SQLStore:
     async def renew(self, leases: Sequence[Lease], still_held: Callable[[str], bool]) -> frozenset[str]:
         """Extend these leases by their policy's `lease` from now; return the owners of those extended.
 
+        1,000 at a time, so that a finish never waits long for its record: one round trip and one commit each on
+        PostgreSQL and SQLite; on MariaDB and MySQL four round trips for every 500 leases of the same length.
+
         Locked records are passed over. While others write to an SQLite file for too long, none is extended: nor can
         any be taken over meanwhile.
         """

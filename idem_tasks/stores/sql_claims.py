@@ -28,7 +28,7 @@ from idem_tasks.claims import (
     State,
 )
 from idem_tasks.stores.base import MarkerPending
-from idem_tasks.stores.schema import ERROR_MESSAGE_CHARACTERS, NAME_CHARACTERS
+from idem_tasks.stores.schema import ERROR_MESSAGE_CHARACTERS, NAME_CHARACTERS, TRACEPARENT_CHARACTERS
 from idem_tasks.stores.sql_renewals import renew
 from idem_tasks.stores.sql_statements import ENDED, PURGEABLE, AnyRow, Statements
 
@@ -209,13 +209,18 @@ def storable(text: str | None, characters: int) -> str | None:
     return text[:characters].replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
+def _fitting(traceparent: str | None) -> str | None:
+    """Leave out one that is no W3C traceparent: half of it would link to nothing, and it is no reason to fail."""
+    return traceparent if traceparent is None or len(traceparent) <= TRACEPARENT_CHARACTERS else None
+
+
 def _granted(request: ClaimRequest) -> dict[str, Any]:
     policy = request.policy
     return {
         "new_owner": request.owner,
         "new_fingerprint": request.fingerprint,
         "new_holder": storable(request.holder, NAME_CHARACTERS),
-        "new_traceparent": request.traceparent,
+        "new_traceparent": _fitting(request.traceparent),
         "lease": policy.lease,
         "lifetime": policy.max_hold + policy.retention,
     }
@@ -242,7 +247,7 @@ def _vanished(lease: Lease) -> dict[str, Any]:
         "new_crashes": lease.crashes,
         "new_generation": lease.generation,
         "new_holder": storable(lease.request.holder, NAME_CHARACTERS),
-        "new_traceparent": lease.request.traceparent,
+        "new_traceparent": _fitting(lease.request.traceparent),
     }
 
 

@@ -398,6 +398,21 @@ def test_the_servers_time_zone_does_not_matter(postgres_url: str, mariadb_url: s
             driver(use.store.close())
 
 
+@pytest.mark.parametrize("url", ["sqlite_url", *SERVERS], indirect=True)
+def test_what_does_not_fit_or_is_no_text_fails_nothing(url: str, driver: Driver) -> None:
+    """NUL, lone surrogates and overlong words in what is kept for people never make a claim or release fail."""
+    use = opened(url, driver)
+    lease = use.granted(holder="h\0" * 500, traceparent="t" * 60)
+    assert use.release(lease, error_type="E" * 500, error_message="\0\ud800\U0001f600" * 2000) == Released(
+        State.RELEASED
+    )
+    record = use.record()
+    assert record.traceparent is None
+    assert record.error_message is not None
+    assert record.error_message.startswith("\ufffd?\U0001f600")
+    driver(use.store.close())
+
+
 def test_memory_sqlite_serves_threads_and_tasks(driver: Driver) -> None:
     """SQLite in memory is one database for all threads, or all tasks, of a runtime."""
     use = opened("sqlite://", driver)
