@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,9 @@ def test_a_document_does_what_it_says(document: Path, tmp_path: Path) -> None:
         for command, expected in commands_of(block.text) if block.language == "console" else ():
             done = run(["sh", "-c", command], tmp_path)
             assert prints(expected, done.stdout), f"line {block.line}: $ {command}\n{done.stdout}"
-    program = tmp_path / f"{document.stem.lower().replace('-', '_')}.py"
+    name = document.stem.lower().replace("-", "_")
+    # A program with a library's name would be imported in its place.
+    program = tmp_path / (f"{name}.py" if find_spec(name) is None else f"{name}_tasks.py")
     program.write_text(python_of(text))
     done = run([sys.executable, str(program)], tmp_path)
     assert done.returncode == 0, done.stdout
