@@ -54,7 +54,8 @@ def idempotent_task(
         runtime: RuntimeName = "asyncio" if asynchronous else "blocking"
         if idempotency is not None:
             idempotency.check_runtime(runtime)
-            idempotency.codec.check(ReturnType(handler).early())
+            if (policy or idempotency.policy).replace(**fields).on_duplicate != "skip":
+                idempotency.codec.check(ReturnType(handler).early())
         plan = KeyPlan(handler, key=key, scope=scope, fingerprint=fingerprint)
         task = IdempotentFunction(handler, plan, runtime, idempotency, policy, fields)
         wrapper: Any = _asyncio_wrapper(task) if asynchronous else _blocking_wrapper(task)

@@ -62,6 +62,11 @@ def run(world: World, body: Callable[[Any], Any], key: str = "A-1", **options: A
     return world.driver(block())
 
 
+def ending(value: int) -> Callable[[Any], int]:
+    """Make the body of a block that ends with this value."""
+    return lambda _: value
+
+
 def test_a_block_is_run_once(world: World) -> None:
     """The second block of a key is a replay that has the outcome of the first."""
     bodies: list[str] = []
@@ -401,10 +406,10 @@ def test_a_cancelled_block_releases_its_claim(monkeypatch: pytest.MonkeyPatch) -
 def test_a_disabled_or_shadow_block_runs(world: World) -> None:
     """Turned off or in shadow a block always runs and shows its own outcome."""
     for n in (1, 2):
-        assert run(world, lambda _, n=n: n, enabled=False).outcome == n
+        assert run(world, ending(n), enabled=False).outcome == n
     assert run_sync(world.real.stats())[State.COMPLETED] == 0
     for n in (1, 2):
-        assert run(world, lambda _, n=n: n, shadow=True).outcome == n
+        assert run(world, ending(n), shadow=True).outcome == n
     assert run(world, lambda _: 3, key="", shadow=True).outcome == 3
 
 
