@@ -1,0 +1,66 @@
+"""`idem-tasks init-db`: the tables of the records."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from idem_tasks.cli import terminal
+from idem_tasks.config import DEFAULT_DATABASE_URL
+from idem_tasks.errors import ConfigurationError
+from idem_tasks.idempotency import Idempotency
+
+_DEFAULT_PREFIX = "idem_tasks_"
+
+
+def init_db(
+    *,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="IDEM_TASKS_DATABASE_URL",
+            show_envvar=True,
+            metavar="URL",
+            help=f"The database; without it, {DEFAULT_DATABASE_URL} as for workers.",
+        ),
+    ] = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(envvar="IDEM_TASKS_SCHEMA", help="The schema, which must be there; else the default one."),
+    ] = None,
+    table_prefix: Annotated[
+        str, typer.Option(envvar="IDEM_TASKS_TABLE_PREFIX", help="What the names of the tables begin with.")
+    ] = _DEFAULT_PREFIX,
+    sql: Annotated[bool, typer.Option("--sql", help="Print the SQL for a DBA, and change nothing.")] = False,
+) -> None:
+    """Make the tables in a database, where they are not there yet.
+
+    May be run at every deployment, by several at once. With --sql it only prints, and does not connect.
+    """
+    url = database_url or DEFAULT_DATABASE_URL
+    if sql:
+        from idem_tasks.stores.migrations.offline import script
+
+        sys.stdout.write(script(url, schema, table_prefix))
+        return
+    from idem_tasks import SQLStore
+    from idem_tasks.stores.migrations.offline import newest_revision
+
+    talk, where = terminal.talk(), f"{table_prefix}* " + (f"in schema {schema} " if schema else "")
+    with Idempotency(store=SQLStore(url, schema=schema, table_prefix=table_prefix, create_schema=False)) as idempotency:
+        were_there = _are_there(idempotency)
+        idempotency.prepare()
+    if were_there:
+        talk.print(f"The tables {where}are there already, at {newest_revision()}.")
+    else:
+        talk.print(f"Made the tables {where}at {newest_revision()}.")
+
+
+def _are_there(idempotency: Idempotency) -> bool:
+    try:
+        idempotency.get("idem-tasks", "init-db")
+    except ConfigurationError:
+        return False  # or something worse, which making them then tells
+    return True
