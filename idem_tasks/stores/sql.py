@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
@@ -23,10 +24,11 @@ from idem_tasks.claims import (
     Release,
     Released,
     State,
+    new_owner,
 )
 from idem_tasks.errors import ConfigurationError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer
-from idem_tasks.runtime import Asyncio, Blocking
+from idem_tasks.runtime import Asyncio, Blocking, interruption_in
 from idem_tasks.stores import sql_admin, sql_claims, sql_renewals
 from idem_tasks.stores.base import MarkerPending, RuntimeName
 from idem_tasks.stores.schema import DEFAULT_PREFIX, records_table
@@ -182,7 +184,7 @@ class SQLStore:
         The outcome is kept for at least the retention of the last claim. Raises `InProgressError` while a holder's
         lease lives, and `ConflictError` for a record that has ended or was released already.
         """
-        return await self._run(sql_admin.resolve, scope, key, outcome)
+        return await self._run(sql_admin.resolve, scope, key, outcome, new_owner())
 
     async def records(
         self, *, state: State | None, scope: str | None, after: tuple[str, str] | None, limit: int
@@ -258,11 +260,15 @@ class SQLStore:
         def on_connection(connection: Connection) -> T:
             return work(self._statements(connection), connection, *args, **kwargs)
 
-        is_repeated, conflicts = False, 0
+        is_repeated, conflicts, before = False, 0, sys.exception()
         while True:
             try:
                 return await self._client.run(on_connection)
             except Exception as error:
+                struck = interruption_in(error, before)
+                if struck is not None:
+                    # A soft limit or a shutdown, which the driver took for a broken connection: nobody may retry that.
+                    raise struck from None
                 fault = fault_of(error)
                 if fault is None:
                     raise

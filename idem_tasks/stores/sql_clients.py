@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.exc import SQLAlchemyError
 
-from idem_tasks.errors import ConfigurationError
+from idem_tasks.errors import ConfigurationError, IdemTasksError
+from idem_tasks.runtime import interruption_in
 from idem_tasks.stores.base import RuntimeName
 from idem_tasks.stores.sql_urls import BACKENDS, LOCK_TIMEOUT, parse_url, shown, target
 
@@ -76,6 +79,21 @@ def clients_for(source: str | Engine | AsyncEngine) -> dict[RuntimeName, Client]
     return {"asyncio": AsyncioClient(source.url, source)}
 
 
+def _carefully(work: Work[T], connection: Connection) -> T:
+    """Do the work; when it is struck from outside, throw the connection away.
+
+    A statement may be under way on it, whose answer the next user would take for the answer to his own.
+    """
+    before = sys.exception()
+    try:
+        return work(connection)
+    except BaseException as error:
+        of_the_server = isinstance(error, SQLAlchemyError | IdemTasksError)
+        if not of_the_server or interruption_in(error, before) is not None:
+            connection.invalidate()
+        raise
+
+
 class BlockingClient:
     """One engine for all threads of the process."""
 
@@ -90,7 +108,7 @@ class BlockingClient:
 
     async def run(self, work: Work[T]) -> T:
         with (self._engine or self._make()).connect() as connection:
-            return work(connection)
+            return _carefully(work, connection)
 
     def _make(self) -> Engine:
         with self._making:
@@ -131,7 +149,7 @@ class AsyncioClient:
     async def run(self, work: Work[T]) -> T:
         engine = await self._engine()
         async with engine.connect() as connection:
-            return await connection.run_sync(work)
+            return await connection.run_sync(lambda bare: _carefully(work, bare))
 
     async def _engine(self) -> AsyncEngine:
         loop = asyncio.get_running_loop()
