@@ -107,9 +107,9 @@ class Store(Protocol):
     async def resolve(self, scope: str, key: str, outcome: EncodedOutcome | None) -> Record | None:
         """End `in_doubt`, `parked` or an overdue `running`: by this outcome, or (None) by releasing it.
 
-        Sets a new fencing token in the same step, so that a late holder's finish misses. Returns the record as it
-        is now, or None if there is none. Raises `InProgressError` while a holder's lease lives, and
-        `ConflictError` if the record has ended already.
+        Sets a new fencing token in the same step, so that a late holder's finish misses. A release starts its
+        failures and crashes again. Returns the record as it is now, or None if there is none. Raises
+        `InProgressError` while a holder's lease lives, and `ConflictError` if the record has ended already.
         """
         ...
 

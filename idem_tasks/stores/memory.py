@@ -374,6 +374,7 @@ class MemoryStore:
             if outcome is None:
                 row.state = State.RELEASED
                 row.attention = None
+                row.failures = row.crashes = 0
             else:
                 row.record_outcome(outcome, now, retention=row.expires_at - row.created_at)
             return row.as_record(now)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from idem_tasks.claims import EncodedOutcome, Record, State, new_owner
+from idem_tasks.claims import EncodedOutcome, Record, State
 from idem_tasks.errors import ConflictError, InProgressError, StoreUnavailableError
 from idem_tasks.stores.sql_claims import RACES, ended, place, seen
 from idem_tasks.stores.sql_renewals import transaction
@@ -32,18 +32,23 @@ def forget(sql: Statements, connection: Connection, scope: str, key: str) -> boo
 
 
 def resolve(
-    sql: Statements, connection: Connection, scope: str, key: str, outcome: EncodedOutcome | None
+    sql: Statements, connection: Connection, scope: str, key: str, outcome: EncodedOutcome | None, owner: str
 ) -> Record | None:
-    """End `in_doubt`, `parked` or an overdue `running` by this outcome, or (None) by releasing it."""
+    """End `in_doubt`, `parked` or an overdue `running` by this outcome, or (None) by releasing it.
+
+    `owner` is new for this request, so that a try whose reply was lost is known again (F21).
+    """
     for _ in range(RACES):
         row = connection.execute(sql.read, place(scope, key)).one_or_none()
         if row is None:
             return None
+        if row.owner == owner:
+            return get(sql, connection, scope, key)
         _refuse_if_held(row, scope, key)
         if row.state in PURGEABLE:
             raise ConflictError(f"{scope} {key!r} is {row.state} already", scope=scope, key=key)
         values = place(scope, key) | seen(row)
-        values |= {"new_fencing_token": max(row.fencing_token + 1, row.clock), "new_owner": new_owner()}
+        values |= {"new_fencing_token": max(row.fencing_token + 1, row.clock), "new_owner": owner}
         statement = sql.resolve_released
         if outcome is not None:
             statement = sql.resolve_ended

@@ -267,7 +267,9 @@ class Statements:
                 updated_at=now(),
             )
         )
-        self.resolve_released: Update = resolve.values(state=State.RELEASED.value, attention=null())
+        self.resolve_released: Update = resolve.values(
+            state=State.RELEASED.value, attention=null(), failures=0, crashes=0
+        )
         self.resolve_ended: Update = resolve.values(ended)
 
     # Renew

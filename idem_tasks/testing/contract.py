@@ -146,6 +146,13 @@ class StoreContract:
         assert answer.retry_after == pytest.approx(LONG, abs=10)
         assert use.record().attempts == 1
 
+    def test_a_longer_lease_than_ours_is_told_as_it_is(self, use: StoreInUse) -> None:
+        """How long to wait is the running holder's lease, whatever lease the next one asks for."""
+        use.granted()
+        answer = use.claim(lease=1.0)
+        assert isinstance(answer, InProgress)
+        assert answer.retry_after == pytest.approx(LONG, abs=10)
+
     def test_in_progress_whatever_the_arguments(self, use: StoreInUse) -> None:
         """Other arguments do not take a running key away from its holder."""
         lease = use.granted(fingerprint="a" * 64)
@@ -774,6 +781,7 @@ class StoreContract:
         record = use.resolve(None)
         assert record is not None
         assert (record.state, record.attention) == (State.RELEASED, None)
+        assert (record.failures, record.crashes) == (0, 0)  # or it would be parked again at once
         assert record.fencing_token > lease.fencing_token
         assert use.finish(lease) == Lost()
         assert use.release(lease) == Lost()

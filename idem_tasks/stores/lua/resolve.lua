@@ -20,7 +20,9 @@ local changes = {
   state = state, owner = ARGV[1], fencing_token = math.max(number('fencing_token') + 1, now),
   lease_expires_at = now, updated_at = now, expires_at = ends, attention = state == 'failed' and 'failed',
 }
-if state ~= 'released' then
+if state == 'released' then
+  changes.failures, changes.crashes = 0, 0
+else
   changes.completed_at = now
   given(changes, {'outcome', 'codec', 'not_kept', 'error_type', 'error_message'}, 3)
 end
