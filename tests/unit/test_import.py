@@ -1,0 +1,63 @@
+"""`import idem_tasks` costs nothing that is not used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CLIENTS = {
+    "celery",
+    "kombu",
+    "redis",
+    "sqlalchemy",
+    "pydantic",
+    "alembic",
+    "asyncpg",
+    "psycopg",
+    "pymysql",
+    "rich",
+    "typer",
+}
+
+
+def run(program: str) -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_client_library_is_loaded() -> None:
+    """Neither by the import, nor by decorating and running a handler on memory, in both runtimes."""
+    run(
+        "import sys, asyncio, idem_tasks\n"
+        f"clients = {CLIENTS}\n"
+        "assert not clients & set(sys.modules), clients & set(sys.modules)\n"
+        "idem = idem_tasks.Idempotency(store=idem_tasks.MemoryStore())\n"
+        "@idem_tasks.idempotent_task(key='{order}', idempotency=idem)\n"
+        "def charge(order): return order\n"
+        "@idem_tasks.idempotent_task(key='{order}', idempotency=idem)\n"
+        "async def charge_later(order): return order\n"
+        "assert [charge('A-1'), charge('A-1'), asyncio.run(charge_later('A-1'))] == ['A-1'] * 3\n"
+        "assert not clients & set(sys.modules), clients & set(sys.modules)\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["SQLStore", "RedisStore", "TieredStore", "MemoryStore"])
+def test_a_store_is_loaded_when_it_is_named(name: str) -> None:
+    """By attribute or by `from ... import`; the tiered one needs no client library."""
+    run(f"from idem_tasks import {name}; import idem_tasks; assert idem_tasks.{name} is {name}")
+    run(f"import sys; from idem_tasks import TieredStore; assert not {CLIENTS} & set(sys.modules)")
+
+
+def test_a_process_that_ends_in_a_hurry_ends_quietly() -> None:
+    """A heartbeat that is waiting does not keep the interpreter, and says nothing as it ends."""
+    program = (
+        "import idem_tasks, sys\n"
+        "idem = idem_tasks.Idempotency(store=idem_tasks.MemoryStore())\n"
+        "idem.run(str, scope='s', key='A-1')\n"
+        "block = idem.claim(scope='s', key='B-2')\n"
+        "block.__enter__()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("", "")
