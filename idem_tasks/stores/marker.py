@@ -155,21 +155,21 @@ class RedisMarkers:
         nothing is guessed.
         """
         key = self._place(request.scope, request.key)
-        lease = milliseconds(request.policy.lease)
-        standing = await self._server.set_if_absent(key, _running_value(request), lease)
-        if standing is None or standing.startswith(_running(request.owner)):
+        value, lease = _running_value(request), milliseconds(request.policy.lease)
+        standing = await self._server.set_if_absent(key, value, lease)
+        if standing is None or not standing.startswith(b"running:"):
+            return _not_running(standing, key)
+        if standing.startswith(_running(request.owner)):
             # Ours already: the first try was stored and its reply lost (F22).
             return MarkerTaken()
-        kind, _, rest = standing.partition(b":")
-        if kind == b"finished":
-            return _read_finished(rest, key)
-        if kind == b"running":
-            left = await self._time_left(key)
-            # Longer than a lease: it was finished since it was read, and this is the life of its outcome.
-            return MarkerRunning(left if left <= request.policy.lease else 0.0)
-        if kind == b"pending":
-            return _read_pending(rest, standing, key)
-        raise _unreadable(key)
+        left = await self._time_left(key)
+        if left > request.policy.lease:
+            # Its holder's lease is longer than ours, or it has ended meanwhile and this is the life of its outcome.
+            now_standing = await self._server.set_if_absent(key, value, lease)
+            if now_standing is None or not now_standing.startswith(b"running:"):
+                return _not_running(now_standing, key)
+            left = left if now_standing == standing else 0.0
+        return MarkerRunning(left)
 
     async def _time_left(self, key: bytes) -> float:
         left = await self._server.milliseconds_left(key)
@@ -247,6 +247,18 @@ class RedisMarkers:
 
 _NO_EXPIRY = -1
 """What PTTL answers for a key without a time to live."""
+
+
+def _not_running(standing: bytes | None, key: bytes) -> MarkerAnswer:
+    """What a marker says that is not running; None: there was none, and ours was set."""
+    if standing is None:
+        return MarkerTaken()
+    kind, _, rest = standing.partition(b":")
+    if kind == b"finished":
+        return _read_finished(rest, key)
+    if kind == b"pending":
+        return _read_pending(rest, standing, key)
+    raise _unreadable(key)
 
 
 def _read_finished(text: bytes, key: bytes) -> MarkerFinished:

@@ -120,6 +120,13 @@ class MarkerContract:
         assert isinstance(answer, MarkerRunning)
         assert 0 < answer.retry_after <= LONG
 
+    def test_a_longer_lease_than_ours_is_told_as_it_is(self, use: MarkerInUse) -> None:
+        """After a deployment that shortens the lease, duplicates wait as long as the running holder's lease says."""
+        use.taken(lease=LONG)
+        answer = use.take(lease=1.0)
+        assert isinstance(answer, MarkerRunning)
+        assert answer.retry_after == pytest.approx(LONG, abs=10)
+
     def test_taking_again_what_is_ours_is_taken(self, use: MarkerInUse) -> None:
         """A first try whose reply was lost does not stand in its own way (F22)."""
         lease = use.taken()
