@@ -45,6 +45,8 @@ def run_demo(
         with talk.step("Starting the servers") as step:
             settings, processes = run.enter_context(open_run(servers, orders=orders, keep=keep))
             step.done = _what_is_used(servers)
+        if keep:
+            console.print(_what_is_kept(settings), style="dim", highlight=False, soft_wrap=True)
         try:
             return _Run(settings, processes, talk).play()
         except (SQLAlchemyError, KombuError, RedisError, OSError) as error:
@@ -53,8 +55,8 @@ def run_demo(
 
 def _what_is_used(servers: Servers) -> str:
     return (
-        f"Prepared: records in {_kind(servers.database_url) or 'SQLite'}, "
-        f"markers in {'Redis' if servers.redis_url else 'an in-memory Redis'}, "
+        f"Records in {_kind(servers.database_url) or 'SQLite'}, "
+        f"markers in {'Redis' if servers.redis_url else 'a Redis in memory'}, "
         f"messages in {_kind(servers.broker_url) or 'files'}"
     )
 
@@ -62,6 +64,13 @@ def _what_is_used(servers: Servers) -> str:
 def _kind(url: str | None) -> str:
     """Return what a URL names, without anything that is secret."""
     return url.partition(":")[0].partition("+")[0] if url else ""
+
+
+def _what_is_kept(settings: Settings) -> str:
+    return (
+        f"Kept in the end: {settings.folder}, the tables {settings.table_prefix}* in its shop.db or your database, "
+        f"the markers {settings.redis_prefix}* and the queues {settings.name}.* on servers of yours."
+    )
 
 
 class _Run:
@@ -79,20 +88,18 @@ class _Run:
         """Start the workers, publish, kill, wait until all is quiet, and count."""
         with self._talk.step("Starting two Celery workers") as step:
             self._start_workers()
-            step.done = "Started two Celery workers: the same handler without and with idem_tasks"
+            step.done = "Two Celery workers started, one without and one with idem_tasks"
         with self._talk.step("Publishing the orders") as step:
             self._publish()
             messages = len(self._published["with"])
-            step.done = (
-                f"Published {len(self._orders)} orders to each, as {messages} messages: every one comes twice or more"
-            )
+            step.done = f"{len(self._orders)} orders published to each, in {messages} messages"
         victim = victim_of(self._orders)
         with self._talk.step(f"Waiting for {victim.order_id} to be charged") as step:
             self._kill()
-            step.done = f"Killed in each worker the process that was charging {victim.order_id} (SIGKILL)"
+            step.done = f"Killed in each worker the process that was charging {victim.order_id}"
         with self._talk.step("Waiting until every message is settled") as step:
             if self._wait_until_quiet(step):
-                step.done = "Waited until every message was settled and the queues were empty"
+                step.done = "All messages settled, all queues empty"
             else:
                 step.done = "Gave up waiting: messages are missing"
         return count(self._settings, self._ledger, self._published)

@@ -116,7 +116,8 @@ def _signals_as_before() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in _ENDING}
-    for number in _ENDING:
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # nohup
+    for number in before:
         signal.signal(number, signal.default_int_handler)
     try:
         yield
@@ -137,13 +138,10 @@ def _ignore_signals() -> None:
 
 def _database(url: str | None, folder: Path) -> str:
     """Return the database's URL as a process with another working directory needs it."""
-    if url is None:
-        return f"sqlite:///{folder}/shop.db"
-    parsed = parse_url(url)
-    if not parsed.drivername.startswith("sqlite") or not parsed.database:
-        return url
-    absolute: URL = parsed.set(database=str(Path(parsed.database).resolve()))
-    return absolute.render_as_string(hide_password=False)
+    parsed = URL.create("sqlite", database=str(folder / "shop.db")) if url is None else parse_url(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        parsed = parsed.set(database=str(Path(parsed.database).resolve()))
+    return parsed.render_as_string(hide_password=False)
 
 
 def _prepare(settings: Settings, *, embedded_redis: bool) -> None:
