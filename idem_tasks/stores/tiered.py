@@ -24,7 +24,7 @@ from idem_tasks.claims import (
     Released,
     State,
 )
-from idem_tasks.errors import StoreError, StoreUnavailableError
+from idem_tasks.errors import IdemTasksError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer, EventName
 from idem_tasks.stores.base import (
     Marker,
@@ -70,6 +70,7 @@ class TieredStore:
         except StoreError as error:
             self._marker_failed(error, request.scope, request.key)
             if request.policy.on_marker_unavailable == "raise":
+                await self._give_back(request.scope, request.key, request.owner)
                 raise StoreUnavailableError(
                     f"the marker cannot be taken ({error}), and the policy is on_marker_unavailable='raise'"
                 ) from error
@@ -91,7 +92,7 @@ class TieredStore:
         """
         try:
             answer = await self._record.claim(request)
-        except StoreError:
+        except IdemTasksError:
             await self._give_back(request.scope, request.key, request.owner)
             raise
         match answer:
@@ -214,8 +215,10 @@ class TieredStore:
 
     async def close(self) -> None:
         """Close both tiers' connections."""
-        await self._marker.close()
-        await self._record.close()
+        try:
+            await self._marker.close()
+        finally:
+            await self._record.close()
 
     async def _publish(self, request: ClaimRequest, finished: Finished, owner: str | None = None) -> None:
         ttl = min(request.policy.cache_ttl, finished.expires_in)
