@@ -31,6 +31,7 @@ from idem_tasks.errors import (
     OutcomeError,
     ParkedError,
     ReplayedFailureError,
+    StoreConfigurationError,
     StoreError,
     StoreUnavailableError,
 )
@@ -91,6 +92,7 @@ __all__ = [  # noqa: RUF022 - in groups, in the order in which a reader needs th
     "OutcomeError",
     "ParkedError",
     "ReplayedFailureError",
+    "StoreConfigurationError",
     "StoreError",
     "StoreUnavailableError",
     "__version__",

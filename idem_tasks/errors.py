@@ -15,8 +15,9 @@
     ├── ParkedError                          too many crashes or failures; a person has to look
     ├── OutcomeError                         an outcome that cannot be encoded, decoded or was not kept
     ├── ReplayedFailureError                 the recorded failure of an earlier delivery
-    └── StoreError                           Redis or SQL answered with an error
-        └── StoreUnavailableError            Redis or SQL cannot be reached; retry
+    └── StoreError                           Redis or SQL answered with an error; retry
+        ├── StoreUnavailableError            Redis or SQL cannot be reached; retry
+        └── StoreConfigurationError          it was reached, and is not set up for us (a ConfigurationError too)
 
 Messages name the scope and key, never arguments, outcomes or secrets. All errors survive pickle,
 because Celery sends them between processes.
@@ -159,6 +160,13 @@ class ReplayedFailureError(IdemTasksError):
 
 class StoreError(IdemTasksError):
     """Redis or the database answered with an error; the client's own error is `__cause__`."""
+
+
+class StoreConfigurationError(ConfigurationError, StoreError):
+    """Redis or the database was reached and is not set up for this: a table is missing, a password is refused.
+
+    A `StoreError` too, because no message may be failed for it: it is to be delivered again once that is mended.
+    """
 
 
 class StoreUnavailableError(StoreError):

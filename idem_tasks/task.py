@@ -59,15 +59,15 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 """Seconds between two such tries, at most."""
 
-_PASSING = (InProgressError, LeaseLostError, StoreUnavailableError)
+_PASSING = (InProgressError, LeaseLostError, StoreError)
 """Errors by which a nested call asks for another delivery: they are no failure of the handler that met them."""
 
 
 async def perform(call: Call, handler: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run the handler once for its key, and return the outcome that all deliveries of this key see.
 
-    Raises what the handler raises; `InProgressError`, `LeaseLostError` and `StoreUnavailableError` when the message
-    must be delivered again; `InDoubtError` and `ParkedError` when a person has to look.
+    Raises what the handler raises; `InProgressError`, `LeaseLostError` and `StoreError` when the message must be
+    delivered again; `InDoubtError` and `ParkedError` when a person has to look.
     """
     outside = enter(None)
     try:
@@ -223,7 +223,7 @@ async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded 
     while True:
         try:
             answer = await store.finish(claim.lease, outcome, may_insert=not claim.lost)
-        except (StoreError, ConfigurationError) as error:  # even a table that is gone: the effect has happened
+        except StoreError as error:  # even a table that is gone: the effect has happened
             refused = error
         else:
             tell(call, claim, answer, outcome.error_type)
@@ -283,7 +283,7 @@ async def let_go(call: Call, claim: Claim, error: BaseException) -> Ending:
     )
     try:
         answer = await call.services.store.release(claim.lease, release)
-    except (StoreError, ConfigurationError) as refused:
+    except StoreError as refused:
         call.announce(EventName.RELEASE_FAILED, error=str(refused))
         return None
     tell(call, claim, answer, type(error).__name__)

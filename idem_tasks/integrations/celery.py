@@ -22,14 +22,14 @@ from celery.local import Proxy
 
 from idem_tasks import hosts
 from idem_tasks.decorator import IdempotentFunction, idempotency_of
-from idem_tasks.errors import ConfigurationError, InProgressError, LeaseLostError, StoreUnavailableError
+from idem_tasks.errors import ConfigurationError, InProgressError, LeaseLostError, StoreError
 from idem_tasks.events import EventName
 from idem_tasks.integrations.celery_put_back import delay_of, put_back, times_put_back
 from idem_tasks.runtime import register_interruption
 
 _logger = logging.getLogger("idem_tasks")
 
-PUT_BACK = (InProgressError, LeaseLostError, StoreUnavailableError)
+PUT_BACK = (InProgressError, LeaseLostError, StoreError)
 """Errors after which the message must be delivered again: neither failed nor acknowledged as done (F31, F59)."""
 
 _PAUSE_BEFORE_REJECT = 1.0

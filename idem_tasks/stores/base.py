@@ -2,8 +2,8 @@
 
 A store keeps one record per `(scope, key)` and arbitrates claims on it. Every verb is one atomic step: of any
 number of simultaneous claims one is granted. Answers are data (`idem_tasks.claims`); a verb raises only
-`StoreUnavailableError` (cannot be reached: try again), `StoreError` (answered with an error) or
-`ConfigurationError` (can never work: says how to mend it).
+`StoreUnavailableError` (cannot be reached), `StoreConfigurationError` (is not set up for us: says how to mend it)
+or another `StoreError` (answered with an error).
 
 All verbs are written as coroutines and serve both runtimes. A blocking store awaits nothing that waits, so that
 `runtime.run_sync` can drive it on its caller's thread; an asyncio store belongs to the running event loop.

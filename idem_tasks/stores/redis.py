@@ -26,7 +26,13 @@ from redis.connection import parse_url
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from idem_tasks.errors import ConfigurationError, IdemTasksError, StoreError, StoreUnavailableError
+from idem_tasks.errors import (
+    ConfigurationError,
+    IdemTasksError,
+    StoreConfigurationError,
+    StoreError,
+    StoreUnavailableError,
+)
 from idem_tasks.events import Announcer
 from idem_tasks.runtime import resolve
 from idem_tasks.stores.base import RuntimeName
@@ -68,9 +74,9 @@ class RedisStore(RedisMarkers, RedisRecords):
     a key of its own, the commands everything rests on, and whether `SET NX GET` (7.0) is one command here or a small
     script (6.2).
 
-    Raises `ConfigurationError` for a URL or client that cannot work, and at the first call for a refused password
-    or a server that ignores NX or PX; `StoreUnavailableError` where Redis cannot be reached; `StoreError` where it
-    answers with an error. None of them shows a password.
+    Raises `ConfigurationError` for a URL or client that cannot work, at the first call `StoreConfigurationError` for a
+    refused password or a server that ignores NX or PX; `StoreUnavailableError` where Redis cannot be reached;
+    another `StoreError` where it answers with an error. None of them shows a password.
 
     As a whole store it keeps one hash per record, each verb one script and one round trip. Every key has a time to
     live: a completed, failed or released record ends by itself with its retention, any other a year after its last
@@ -384,18 +390,18 @@ class _Connection:
         )
         if not taken or taken_again or standing != b"a":
             await resolve(client.redis.delete(key))
-            raise ConfigurationError(
+            raise StoreConfigurationError(
                 f"{self._opener.name} ignores the NX of SET, so two workers would get the same marker; "
                 "connect to Redis itself, not through this proxy"
             )
         if not 0 < left <= _PROBE_TTL:
             await resolve(client.redis.delete(key))
-            raise ConfigurationError(
+            raise StoreConfigurationError(
                 f"{self._opener.name} ignores the PX of SET, so markers would never expire; "
                 "connect to Redis itself, not through this proxy"
             )
         if (others, own) != (0, 1):
-            raise ConfigurationError(f"{self._opener.name} does not run scripts as Redis does; {_NEEDED}")
+            raise StoreConfigurationError(f"{self._opener.name} does not run scripts as Redis does; {_NEEDED}")
         client.sets_and_gets = await self._sets_and_gets(client, key)
         client.tested = True
 
@@ -549,11 +555,11 @@ def _code(error: BaseException) -> str:
 def _explained(error: BaseException, name: str, *, new: bool) -> tuple[Exception, bool]:
     """Return the error to raise, and whether it says that nobody answers.
 
-    What is wrong with the set-up is a `ConfigurationError` as long as this client never worked, and a `StoreError`
+    What is wrong with the set-up is a `StoreConfigurationError` as long as this client never worked, and a `StoreError`
     when it did: a password that is changed while workers run must not make them fail their messages.
     """
     code = _code(error)
-    wrong_setup = ConfigurationError if new else StoreError
+    wrong_setup = StoreConfigurationError if new else StoreError
     if code in _AWAY:
         return StoreUnavailableError(f"{name} {_AWAY[code]}"), False
     if code in _REFUSED:

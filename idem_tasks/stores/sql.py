@@ -77,8 +77,8 @@ class SQLStore:
     True always, False never (`idem-tasks init-db` makes them), None on SQLite only.
 
     Connections are opened when first used, in each process and event loop, so a store may be made before a fork.
-    Every verb may raise `StoreUnavailableError`, `StoreError` or `ConfigurationError`; the constructor only the
-    last, for a URL that cannot work.
+    Every verb may raise `StoreUnavailableError`, `StoreConfigurationError` or another `StoreError`; the constructor
+    only `ConfigurationError`, for a URL that cannot work.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ class SQLStore:
                 else:
                     raise await self._explained(fault) from error
 
-    async def _explained(self, fault: Fault) -> StoreError | ConfigurationError:
+    async def _explained(self, fault: Fault) -> StoreError:
         # SQLite has no error code for a missing table.
         if fault is Fault.SQLITE_STATEMENT and not await self._client.run(self._has_table):
             fault = Fault.MISSING_TABLE

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 from sqlalchemy import exc
 
-from idem_tasks.errors import ConfigurationError, IdemTasksError, StoreError, StoreUnavailableError
+from idem_tasks.errors import IdemTasksError, StoreConfigurationError, StoreError, StoreUnavailableError
 
 
 class Fault(Enum):
@@ -31,7 +31,7 @@ class RowLockedError(StoreUnavailableError):
     """Another transaction held the record for longer than is waited; try again."""
 
 
-class MissingTableError(ConfigurationError):
+class MissingTableError(StoreConfigurationError):
     """The tables have not been made."""
 
 
@@ -133,7 +133,7 @@ def is_lost_connection(error: Exception) -> bool:
     return isinstance(error, exc.DBAPIError) and error.connection_invalidated
 
 
-def error_for(fault: Fault, address: str, table: str) -> StoreError | ConfigurationError:
+def error_for(fault: Fault, address: str, table: str) -> StoreError:
     """Return our own error; it says what to do and quotes neither parameters nor the driver's words."""
     match fault:
         case Fault.LOCKED:
@@ -143,21 +143,23 @@ def error_for(fault: Fault, address: str, table: str) -> StoreError | Configurat
         case Fault.MISSING_TABLE:
             return MissingTableError(f"{address} has no table {table}; run: idem-tasks init-db")
         case Fault.UNKNOWN_COLUMN:
-            return ConfigurationError(f"{address}: the table {table} is of an older version; run: idem-tasks upgrade")
+            return StoreConfigurationError(
+                f"{address}: the table {table} is of an older version; run: idem-tasks upgrade"
+            )
         case Fault.READ_ONLY:
             return StoreError(
                 f"{address} is read-only, perhaps a replica; point the database URL to the primary server, "
                 "or let this user write"
             )
         case Fault.DENIED:
-            return ConfigurationError(
+            return StoreConfigurationError(
                 f"{address} refuses this user; check the user and password in the database URL, and that the user "
                 f"may SELECT, INSERT, UPDATE and DELETE in {table}"
             )
         case Fault.NO_DATABASE:
-            return ConfigurationError(f"{address}: there is no such database; check the database URL or create it")
+            return StoreConfigurationError(f"{address}: there is no such database; check the database URL or create it")
         case Fault.NO_FILE:
-            return ConfigurationError(
+            return StoreConfigurationError(
                 f"{address} cannot be opened; check that its folder exists and may be written to, and that the file "
                 "is an SQLite database"
             )

@@ -24,7 +24,7 @@ from idem_tasks.claims import (
     Released,
     State,
 )
-from idem_tasks.errors import IdemTasksError, StoreError, StoreUnavailableError
+from idem_tasks.errors import IdemTasksError, StoreConfigurationError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer, EventName
 from idem_tasks.stores.base import (
     Marker,
@@ -67,6 +67,8 @@ class TieredStore:
         """Ask the marker first, and the record unless the marker knows the answer."""
         try:
             seen = await self._marker.take(request)
+        except StoreConfigurationError:
+            raise  # nobody should run for long on a shield that was never there
         except StoreError as error:
             self._marker_failed(error, request.scope, request.key)
             if request.policy.on_marker_unavailable == "raise":

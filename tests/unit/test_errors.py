@@ -23,6 +23,7 @@ from idem_tasks.errors import (
     OutcomeError,
     ParkedError,
     ReplayedFailureError,
+    StoreConfigurationError,
     StoreError,
     StoreUnavailableError,
 )
@@ -63,6 +64,7 @@ EXAMPLES: list[tuple[IdemTasksError, dict[str, Any], str]] = [
     ),
     (StoreError("READONLY"), {}, "READONLY"),
     (StoreUnavailableError("refused"), {}, "refused"),
+    (StoreConfigurationError("no table"), {}, "no table"),
 ]
 
 each_error = pytest.mark.parametrize(
@@ -152,6 +154,8 @@ def test_a_missing_extra_is_an_import_error_in_all() -> None:
         (DuplicateError, ConflictError),
         (LeaseLostError, ConflictError),
         (StoreUnavailableError, StoreError),
+        (StoreConfigurationError, ConfigurationError),
+        (StoreConfigurationError, StoreError),
     ],
 )
 def test_the_tree(error: type[Exception], base: type[Exception]) -> None:
