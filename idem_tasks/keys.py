@@ -35,7 +35,6 @@ from decimal import Decimal
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 from uuid import UUID
 
@@ -105,7 +104,7 @@ class KeyPlan:
             raise ConfigurationError(f"the parameters of {owner} cannot be found out: {error}") from None
         parameters = list(signature.parameters.values())
         names = [parameter.name for parameter in parameters]
-        self._bind = _binder(handler, signature)
+        self._bind = _Binder(owner, signature).bind
         self._key = _maker("key", key, owner, names)
         if isinstance(self._key, _Template) and not self._key.fields:
             raise ConfigurationError(
@@ -132,7 +131,7 @@ class KeyPlan:
         framework_argument: args[0] is the framework's (Celery's Task under bind=True). It is no part of the
         fingerprint and is not given to callables; a template may use it ("{self.request.id}").
         """
-        values = self._bind(*args, **kwargs)
+        values = self._bind(args, kwargs)
         own = args[1:] if framework_argument else args
         if self._scope is not None:
             scope = _fit(self._scope.text((values, own, kwargs)), SCOPE_MAX_BYTES, "scope")
@@ -368,22 +367,40 @@ def _known(names: Sequence[str], name: object = "") -> str:
     return f"known: {', '.join(names) or 'none'}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-def _binder(handler: Callable[..., object], signature: inspect.Signature) -> Callable[..., tuple[object, ...]]:
-    """A function with the handler's parameters that returns their values.
+class _Binder:
+    """Binds calls to the parameters of a handler, as Python does."""
 
-    So Python itself binds a call: with its own rules, its own TypeError, and in a twentieth of the time that
-    `inspect.Signature.bind` takes.
-    """
-    parameters = signature.parameters.values()
-    bare = [parameter.replace(annotation=parameter.empty, default=parameter.empty) for parameter in parameters]
-    names = "".join(f"{parameter.name}, " for parameter in parameters)
-    namespace: dict[str, Any] = {}
-    # Nothing but names goes in, and inspect has checked that they are identifiers.
-    exec(f"def bind{inspect.Signature(bare)}: return ({names})", namespace)  # noqa: S102
-    bind: FunctionType = namespace["bind"]
-    with_default = [parameter for parameter in parameters if parameter.default is not parameter.empty]
-    bind.__defaults__ = tuple(each.default for each in with_default if each.kind is not each.KEYWORD_ONLY)
-    bind.__kwdefaults__ = {each.name: each.default for each in with_default if each.kind is each.KEYWORD_ONLY}
-    bind.__name__ = getattr(handler, "__name__", "handler")
-    bind.__qualname__ = getattr(handler, "__qualname__", bind.__name__)  # the name in Python's TypeError
-    return bind
+    __slots__ = ("_at_least", "_at_most", "_owner", "_parameters", "_signature")
+
+    def __init__(self, owner: str, signature: inspect.Signature) -> None:
+        self._owner = owner
+        self._signature = signature
+        parameters = list(signature.parameters.values())
+        kinds = [parameter.kind for parameter in parameters]
+        self._parameters = [(parameter.name, parameter.default) for parameter in parameters]
+        self._at_least = kinds.count(inspect.Parameter.POSITIONAL_ONLY)
+        self._at_most = self._at_least + kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds:
+            self._at_most = -1  # not by the short way
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[object]:
+        """Return the values of all parameters, in their order; TypeError for arguments that the handler does not take.
+
+        Nearly all calls go by the short way, in a tenth of the time that `inspect.Signature.bind` takes.
+        """
+        if self._at_least <= len(args) <= self._at_most:
+            values, used = list(args), 0
+            for name, default in self._parameters[len(args) :]:
+                if name in kwargs:
+                    values.append(kwargs[name])
+                    used += 1
+                elif default is not inspect.Parameter.empty:
+                    values.append(default)
+            if used == len(kwargs) and len(values) == len(self._parameters):
+                return values
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self._owner}(): {error}") from None
+        bound.apply_defaults()
+        return list(bound.arguments.values())

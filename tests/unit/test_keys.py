@@ -8,6 +8,8 @@ import datetime as dt
 import enum
 import functools
 import hashlib
+import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -30,6 +32,7 @@ from idem_tasks.keys import (
     SCOPE_MAX_BYTES,
     CallKey,
     KeyPlan,
+    _Binder,
     check_key,
     check_scope,
     fingerprint_of,
@@ -484,30 +487,45 @@ def test_the_binding_form_never_matters(values: list[int], positional: int, rand
         (("A", 2, 3), {}),
     ],
 )
-def test_wrong_arguments_raise_what_calling_the_handler_raises(args: Any, kwargs: Any) -> None:
-    """The very TypeError of Python, before anything ran; also with a callable for a key."""
+def test_wrong_arguments_are_a_type_error(args: Any, kwargs: Any) -> None:
+    """As calling the handler is, before anything ran; it names the handler. Also with a callable for a key."""
 
     def handler(order_id: str, amount: int = 1, *, currency: str) -> None: ...
 
-    with pytest.raises(TypeError) as expected:
+    with pytest.raises(TypeError):
         handler(*args, **kwargs)
     for key in ("{order_id}", lambda *args, **kwargs: "k"):
-        with pytest.raises(TypeError) as caught:
+        with pytest.raises(TypeError, match=r"handler\(\): "):
             KeyPlan(handler, key=key).of(args, kwargs)
-        assert str(caught.value) == str(expected.value)
 
 
-def test_every_kind_of_parameter_is_bound_as_python_binds_it() -> None:
-    """Positional-only, variable and keyword-only ones, with defaults that are any objects."""
-    default = object()
+def every_kind(a: Any, b: Any = 2, /, c: Any = 3, *args: Any, d: Any, e: Any = 5, **kw: Any) -> Any: ...
+def positional_only(a: Any, b: Any = 2, /, c: Any = 3) -> Any: ...
+def keyword_only(a: Any, *, b: Any, c: Any = 3) -> Any: ...
+def plain(a: Any, b: Any = 2, c: Any = None) -> Any: ...
+def nothing() -> Any: ...
 
-    def handler(a: Any, b: Any = default, /, c: Any = 3, *args: Any, d: Any, e: Any = default, **kw: Any) -> Any: ...
 
-    bind = KeyPlan(handler, key="{a}")._bind
-    assert bind(1, d=4) == (1, default, 3, (), 4, default, {})
-    assert bind(1, 2, 3, 4, d=4, e=5, a=6) == (1, 2, 3, (4,), 4, 5, {"a": 6})
-    with pytest.raises(TypeError, match="required keyword-only"):
-        bind(1)
+@pytest.mark.parametrize("handler", [every_kind, positional_only, keyword_only, plain, nothing])
+def test_a_call_is_bound_as_python_binds_it(handler: Any) -> None:
+    """Every way to give up to four positional and any keyword arguments, right or wrong."""
+    bind = _Binder("handler", inspect.signature(handler)).bind
+    for count, names in itertools.product(range(5), range(64)):
+        args = tuple(range(10, 10 + count))
+        kwargs = {name: name for bit, name in enumerate("abcdex") if names >> bit & 1}
+        try:
+            expected = inspect.signature(handler).bind(*args, **kwargs)
+        except TypeError:
+            with pytest.raises(TypeError):
+                bind(args, kwargs)
+        else:
+            expected.apply_defaults()
+            assert list(bind(args, kwargs)) == list(expected.arguments.values())
+
+
+def test_an_argument_may_be_what_stands_for_none() -> None:
+    """`inspect.Parameter.empty` given as an argument is an argument."""
+    assert _Binder("plain", inspect.signature(plain)).bind((inspect.Parameter.empty,), {})[0] is inspect.Parameter.empty
 
 
 def test_partials_wrapped_functions_and_callable_objects_are_bound_by_their_signature() -> None:
