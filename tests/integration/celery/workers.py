@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,11 @@ class Worker:
     def send(self, number: signal.Signals) -> None:
         """To the main process alone, as a supervisor would."""
         self.process.send_signal(number)
+
+    def ends_within(self, seconds: float) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=seconds)
+        return self.has_ended
 
     def wait_until_ended(self, seconds: float = 20.0) -> int:
         return self.process.wait(timeout=seconds)
