@@ -4,9 +4,9 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from idem_tasks import Idempotency, InProgressError, LeaseLostError, MemoryStore, StoreUnavailableError
+from idem_tasks import Idempotency, InProgressError, LeaseLostError, MemoryStore, StoreError
 
-PUT_BACK = (InProgressError, LeaseLostError, StoreUnavailableError)
+PUT_BACK = (InProgressError, LeaseLostError, StoreError)
 
 
 @dataclass
