@@ -15,9 +15,10 @@ def main() -> None:
     try:
         from idem_tasks.cli.application import run
     except ModuleNotFoundError as error:
-        if error.name not in ("rich", "typer"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("rich", "typer"):
             raise
-        sys.stderr.write(f"idem-tasks: {MissingExtraError(package=error.name, extra='cli')}\n")
+        sys.stderr.write(f"idem-tasks: {MissingExtraError(package=package, extra='cli')}\n")
         sys.exit(UNUSABLE)
     except KeyboardInterrupt:
         sys.exit(130)

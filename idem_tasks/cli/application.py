@@ -51,7 +51,7 @@ application.command("init-db")(tables.init_db)
 def run() -> int:
     """Run the command of this process's arguments, and return the exit code."""
     try:
-        application()
+        application(prog_name="idem-tasks")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:

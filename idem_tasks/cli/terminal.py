@@ -22,4 +22,9 @@ def data() -> Console:
 
 def talk() -> Console:
     """Return the console for everything else."""
-    return Console(file=sys.stderr, no_color=_no_color or None, highlight=False)
+    return Console(
+        file=sys.stderr,
+        no_color=_no_color or None,
+        highlight=False,
+        soft_wrap=not sys.stderr.isatty(),  # a line of a log is one line
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
@@ -42,6 +44,7 @@ def run_demo(
     """
     talk = Talk(console, animated=animated)
     with ExitStack() as run:
+        run.enter_context(_without_celery_variables())
         with talk.step("Starting the servers") as step:
             settings, processes = run.enter_context(open_run(servers, orders=orders, keep=keep))
             step.done = _what_is_used(servers)
@@ -51,6 +54,16 @@ def run_demo(
             return _Run(settings, processes, talk).play()
         except (SQLAlchemyError, KombuError, RedisError, OSError) as error:
             raise DemoError(f"a server failed in the middle of the demo: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _without_celery_variables() -> Iterator[None]:
+    """Hide the variables by which Celery would take the user's own broker instead of the demo's."""
+    hidden = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("CELERY_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _what_is_used(servers: Servers) -> str:

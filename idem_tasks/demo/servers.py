@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kombu import Connection
+from kombu.utils.url import maybe_sanitize_url
 from redis import Redis
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
@@ -35,8 +36,11 @@ _BROKERS = ("amqp", "amqps", "pyamqp", "redis", "rediss")
 _CONNECT = 5
 """Seconds within which a broker that is there answers."""
 
+_REPLY = 1.0
+"""Seconds within which a Redis replies .."""
+
 _START = 30.0
-"""Seconds that the stand-in for Redis may take to start."""
+""".. and within which its stand-in has started."""
 
 _REMOVAL = 10.0
 """Seconds in which a table can be dropped: the last transaction of a killed worker may have to end first."""
@@ -88,20 +92,17 @@ def open_run(servers: Servers, *, orders: int, keep: bool) -> Iterator[tuple[Set
             database_url=_database(servers.database_url, folder),
             redis_url=servers.redis_url or f"redis://127.0.0.1:{listening.getsockname()[1] if listening else 0}/0",
             broker_url=servers.broker_url,
+            redis_patience=_REPLY if listening is None else _START,
             lifeline=processes.lifeline,
             keep=keep,
         )
-        if not keep:
-            if servers.broker_url is not None:
-                removals.callback(_remove_queues, settings)
-            if servers.redis_url is not None:
-                removals.callback(_remove_markers, settings)
-            if servers.database_url is not None:
-                removals.callback(_remove_tables, settings)
         if listening is not None:
             with listening:
                 processes.start_marker(settings, listening.fileno())
-        _prepare(settings, embedded_redis=listening is not None)
+        if servers.broker_url is not None:
+            _make(_check_broker, _remove_queues, settings, removals)
+        _make(_try_redis, _nothing if servers.redis_url is None else _remove_markers, settings, removals)
+        _make(_make_tables, _nothing if servers.database_url is None else _remove_tables, settings, removals)
         yield settings, processes
 
 
@@ -144,27 +145,45 @@ def _database(url: str | None, folder: Path) -> str:
     return parsed.render_as_string(hide_password=False)
 
 
-def _prepare(settings: Settings, *, embedded_redis: bool) -> None:
-    if settings.broker_url is not None:
-        _check_broker(settings)
+def _make(
+    make: Callable[[Settings], None], remove: Callable[[Settings], None], settings: Settings, removals: ExitStack
+) -> None:
+    """Make something, and have it removed at the end, also if this is interrupted; not if there is no such server."""
+    is_to_be_removed = not settings.keep
+    try:
+        make(settings)
+    except (ConfigurationError, StoreUnavailableError):
+        is_to_be_removed = False
+        raise
+    finally:
+        if is_to_be_removed:
+            removals.callback(remove, settings)
+
+
+def _nothing(settings: Settings) -> None:
+    """What was made is in the folder, or in a process."""
+
+
+def _make_tables(settings: Settings) -> None:
     record = SQLStore(settings.database_url, table_prefix=settings.table_prefix)
     run_sync(record.prepare())
     run_sync(record.close())
     Ledger(settings.database_url, settings.table_prefix).open()
-    patience = _START if embedded_redis else 1.0
-    marker = RedisStore(settings.redis_url, prefix=settings.redis_prefix, socket_timeout=patience)
+
+
+def _try_redis(settings: Settings) -> None:
+    marker = RedisStore(settings.redis_url, prefix=settings.redis_prefix, socket_timeout=settings.redis_patience)
     run_sync(marker.prepare())
     run_sync(marker.close())
 
 
 def _check_broker(settings: Settings) -> None:
-    with _broker(settings) as connection:
-        try:
-            connection.ensure_connection(max_retries=1, timeout=_CONNECT)
-        except Exception as error:
-            raise StoreUnavailableError(
-                f"the broker {connection.as_uri()} cannot be used: {type(error).__name__}: {error}"
-            ) from error
+    try:
+        with _broker(settings) as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0, timeout=_CONNECT)
+    except Exception as error:
+        where = maybe_sanitize_url(str(settings.broker_url))
+        raise StoreUnavailableError(f"the broker {where} cannot be used: {type(error).__name__}: {error}") from error
 
 
 def _broker(settings: Settings) -> Connection:

@@ -36,6 +36,7 @@ class Settings:
     orders: int
     database_url: str
     redis_url: str
+    redis_patience: float
     broker_url: str | None
     lifeline: int
     keep: bool

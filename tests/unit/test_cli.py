@@ -1,0 +1,138 @@
+"""The command line: its exit codes, what goes to stdout and what to stderr, and the tables that it makes."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, inspect, make_url
+
+from idem_tasks import Idempotency, SQLStore, __version__
+
+
+def idem_tasks(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("IDEM_TASKS_")}
+    return subprocess.run(
+        [sys.executable, "-m", "idem_tasks", *arguments],
+        cwd=cwd,
+        env={**clean, **environment},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def tables(url: str) -> set[str]:
+    engine = create_engine(url)
+    found = set(inspect(engine).get_table_names())
+    engine.dispose()
+    return found
+
+
+def test_version_is_data() -> None:
+    """`--version` prints it to stdout and exits with 0."""
+    done = idem_tasks("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"idem-tasks {__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["demo", "--orders", "0"], ["init-db", "--no-such"]])
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    """As everywhere; and a pipe gets no boxes."""
+    done = idem_tasks(*arguments)
+    assert done.returncode == 2
+    assert "Usage: idem-tasks" in done.stdout + done.stderr
+    assert "─" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", [["--help"], ["demo", "--help"], ["init-db", "--help"]])
+def test_help_in_a_pipe_has_no_boxes(command: list[str]) -> None:
+    """Only what can be searched and copied."""
+    done = idem_tasks(*command)
+    assert done.returncode == 0
+    assert "Usage: " in done.stdout
+    assert "─" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "missing, extra, arguments",
+    [("typer", "cli", "init-db"), ("rich", "cli", "init-db"), ("celery", "demo", "demo")],
+)
+def test_a_missing_extra_is_named(missing: str, extra: str, arguments: str) -> None:
+    """One line with what to install, and exit 5."""
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['idem-tasks', {arguments!r}]; "
+        "from idem_tasks.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5
+    assert done.stderr == f"idem-tasks: {missing} is not installed; run: pip install 'idem-tasks[{extra}]'\n"
+
+
+@pytest.mark.parametrize("database", ["sqlite_url", "postgres_url", "mariadb_url"])
+def test_init_db_makes_the_tables_once(database: str, request: pytest.FixtureRequest) -> None:
+    """The first run makes them, the second says that they are there; both exit with 0 and print no data."""
+    url = request.getfixturevalue(database)
+    first = idem_tasks("init-db", "--database-url", url)
+    second = idem_tasks("init-db", IDEM_TASKS_DATABASE_URL=url)
+    assert (first.returncode, first.stdout) == (second.returncode, second.stdout) == (0, "")
+    assert "Made the tables idem_tasks_* at 0001." in first.stderr
+    assert "there already, at 0001." in second.stderr
+    assert tables(url) == {"idem_tasks_records", "idem_tasks_schema"}
+
+
+def test_init_db_takes_a_schema_and_a_prefix(postgres_url: str) -> None:
+    """A store that is given the same finds its tables."""
+    engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("CREATE SCHEMA shop")
+    engine.dispose()
+    done = idem_tasks("init-db", "--database-url", postgres_url, "--schema", "shop", "--table-prefix", "once_")
+    assert done.returncode == 0, done.stderr
+    with Idempotency(store=SQLStore(postgres_url, schema="shop", table_prefix="once_")) as idempotency:
+        assert idempotency.run(lambda: 1, scope="s", key="k") == 1
+    assert tables(postgres_url) == set()
+
+
+def test_init_db_without_a_url_makes_the_file_that_workers_use(tmp_path: Path) -> None:
+    """It is idem_tasks.db in the working directory."""
+    assert idem_tasks("init-db", cwd=tmp_path).returncode == 0
+    assert tables(f"sqlite:///{tmp_path / 'idem_tasks.db'}") == {"idem_tasks_records", "idem_tasks_schema"}
+
+
+def test_the_script_for_a_dba_makes_the_same_tables(tmp_path: Path, sqlite_url: str) -> None:
+    """`--sql` prints to stdout what makes them, and touches no database; `init-db` then finds nothing to do."""
+    file = str(make_url(sqlite_url).database)
+    done = idem_tasks("init-db", "--sql", "--database-url", sqlite_url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not Path(file).exists()
+    connection = sqlite3.connect(file)
+    connection.executescript(done.stdout)
+    connection.close()
+    with Idempotency(store=SQLStore(sqlite_url, create_schema=False)) as idempotency:
+        assert idempotency.run(lambda: 1, scope="s", key="k") == 1
+    assert "there already" in idem_tasks("init-db", "--database-url", sqlite_url).stderr
+
+
+@pytest.mark.parametrize("url", ["postgresql://127.0.0.1:1/x", "mysql://127.0.0.1:1/x"])
+def test_the_script_needs_no_server(url: str) -> None:
+    """It is in the database's own words."""
+    done = idem_tasks("init-db", "--sql", "--schema", "shop", "--database-url", url)
+    assert done.returncode == 0, done.stderr
+    assert "CREATE TABLE shop.idem_tasks_records" in done.stdout
+    assert ('COLLATE "C"' if url.startswith("postgresql") else "VARBINARY") in done.stdout
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://me:secret@127.0.0.1:1/x", "oracle://me:secret@h/x", "redis://me:secret@h", "sqlite:////no/x.db"],
+)
+def test_a_database_that_cannot_be_used_is_one_line_and_exit_5(url: str) -> None:
+    """The line says why, and shows no password."""
+    done = idem_tasks("init-db", "--database-url", url)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr.startswith("idem-tasks: ")
+    assert done.stderr.count("\n") == 1
+    assert "secret" not in done.stderr
