@@ -120,8 +120,9 @@ class Policy:
     @property
     def active(self) -> bool:
         """False where `enabled` is false or IDEM_TASKS_DISABLED is 1, true, yes or on; read at each call."""
-        # `in` first: a look-up that finds nothing costs three times as much.
-        return self.enabled and ("IDEM_TASKS_DISABLED" not in os.environ or not _is_disabled())
+        # Anything but a clear yes, such as "false" or a slip of the pen, keeps the protection.
+        disabled = os.environ.get("IDEM_TASKS_DISABLED", "").strip().lower() in ("1", "true", "yes", "on")
+        return self.enabled and not disabled
 
 
 FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(Policy))
@@ -147,11 +148,6 @@ class PolicyFields(TypedDict, total=False):
     max_outcome_bytes: int
     shadow: bool
     enabled: bool
-
-
-def _is_disabled() -> bool:
-    # Anything but a clear yes, such as "false" or a slip of the pen, keeps the protection.
-    return os.environ.get("IDEM_TASKS_DISABLED", "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def _seconds(name: str, value: object) -> float:
