@@ -49,24 +49,22 @@ def renew(sql: Statements, connection: Connection, leases: Sequence[Lease]) -> f
 
 
 def _renew_in_transactions(sql: Statements, connection: Connection, leases: Sequence[Lease]) -> Iterator[str]:
-    by_length: dict[float, dict[tuple[str, str], Lease]] = defaultdict(dict)
+    by_length: dict[float, list[Lease]] = defaultdict(list)
     for lease in sorted(leases, key=lambda lease: (lease.scope.encode(), lease.key.encode())):
-        by_length[lease.policy.lease][lease.scope, lease.key] = lease
+        by_length[lease.policy.lease].append(lease)
     for seconds, wanted in by_length.items():
-        places = list(wanted)
-        for start in range(0, len(places), _MYSQL_BATCH):
-            batch = places[start : start + _MYSQL_BATCH]
+        for start in range(0, len(wanted), _MYSQL_BATCH):
+            batch = wanted[start : start + _MYSQL_BATCH]
+            # Not by place alone: a process can hold a dead claim and the one that took it over.
+            fences = {(lease.scope, lease.key, lease.fencing_token, lease.owner) for lease in batch}
             with transaction(connection):
-                locked = connection.execute(sql.lock_running, {"places": batch}).all()
-                ours = [row for row in locked if _is_ours(row.fencing_token, row.owner, wanted[row.scope, row.key])]
+                places = [(lease.scope, lease.key) for lease in batch]
+                locked = connection.execute(sql.lock_running, {"places": places}).all()
+                ours = [row for row in locked if tuple(row) in fences]
                 if ours:
                     held = [(row.scope, row.key) for row in ours]
                     connection.execute(sql.renew_locked, {"places": held, "lease": seconds})
             yield from (row.owner for row in ours)
-
-
-def _is_ours(fencing_token: int, owner: str, lease: Lease) -> bool:
-    return fencing_token == lease.fencing_token and owner == lease.owner
 
 
 @contextmanager

@@ -620,6 +620,13 @@ class StoreContract:
         lost = Lease(use.request("key 1000"), 1)
         assert use.renew(*held, lost) == {lease.owner for lease in held}
 
+    @pytest.mark.parametrize("order", [1, -1], ids=["old first", "new first"])
+    def test_a_claim_taken_over_within_its_process_stops_no_renewal(self, use: StoreInUse, order: int) -> None:
+        """A process that holds a dead claim and the one that took it over renews the living one."""
+        dead = use.granted(lease=SHORT)
+        living = use.taken_over(lease=SHORT)
+        assert use.renew(*[dead, living][::order]) == {living.owner}
+
     def test_renewing_nothing_is_nothing(self, use: StoreInUse) -> None:
         """A beat without claims does no harm."""
         assert use.renew() == frozenset()
