@@ -4,8 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -156,9 +157,13 @@ def assert_servers_are_empty(database_url: str, redis_url: str, broker_url: str)
         assert list(client.scan_iter()) == []
     if broker_url.startswith("amqp"):
         name = "idem_tasks_demo_known.with"
-        for entity in (Exchange(name, passive=True), Queue(name, Exchange(""), passive=True)):
-            with Connection(broker_url) as connection, pytest.raises(connection.channel_errors, match="NOT_FOUND"):
-                entity(connection.default_channel).declare()
+        assert_not_found(broker_url, lambda channel: Exchange(name, passive=True)(channel).declare())
+        assert_not_found(broker_url, lambda channel: Queue(name)(channel).queue_declare(passive=True))
+
+
+def assert_not_found(broker_url: str, declare: Callable[[Any], object]) -> None:
+    with Connection(broker_url) as connection, pytest.raises(connection.channel_errors, match="NOT_FOUND"):
+        declare(connection.default_channel)
 
 
 @pytest.mark.parametrize("said", ["Records in", "Two Celery workers started", "Killed in each worker"])
