@@ -83,5 +83,8 @@ def refuse_wrong_order(target: object) -> None:
 
 
 def _load_integrations() -> None:
-    for library in [name for name in _INTEGRATIONS if name in sys.modules]:
-        importlib.import_module(_INTEGRATIONS.pop(library))
+    for library, integration in list(_INTEGRATIONS.items()):
+        if library in sys.modules:
+            # Struck off once it is there: a thread that comes meanwhile waits for the import too.
+            importlib.import_module(integration)
+            _INTEGRATIONS.pop(library, None)

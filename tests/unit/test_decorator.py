@@ -21,6 +21,7 @@ from idem_tasks import (
     config,
     configure,
     current_claim,
+    hosts,
     idempotency_of,
     idempotent_task,
 )
@@ -472,6 +473,27 @@ def test_threads_that_race_the_first_call_agree() -> None:
     for thread in threads:
         thread.join(30)
     assert sorted(runs) == sorted(f"A-{number}" for number in range(16))
+
+
+def test_threads_that_race_an_integration_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery imported after the decorators: no first call on any thread runs without its host, or fails."""
+    both, errors = threading.Barrier(2), []
+    monkeypatch.setattr(hosts, "_INTEGRATIONS", {"json": "an.integration"})
+    monkeypatch.setattr("importlib.import_module", lambda _: both.wait(30))
+
+    def find() -> None:
+        try:
+            hosts.find(print)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            errors.append(error)
+
+    threads = [threading.Thread(target=find) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert errors == []
+    assert hosts._INTEGRATIONS == {}
 
 
 def test_the_public_names_are_there() -> None:
