@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import ctypes
 import linecache
 import os
@@ -84,7 +85,7 @@ def strike_everywhere(
             world.effects.clear()
             with Striker(at, kind("struck")) as striker:
                 try:
-                    run("A-1")
+                    contextvars.copy_context().run(run, "A-1")  # the current claim is left behind in it
                 except BaseException as error:  # noqa: BLE001 - what is looked at
                     raised = error
             if not striker.struck:

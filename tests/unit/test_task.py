@@ -27,6 +27,7 @@ from idem_tasks.errors import (
     OutcomeError,
     ParkedError,
     ReplayedFailureError,
+    StoreConfigurationError,
     StoreError,
     StoreUnavailableError,
 )
@@ -918,7 +919,7 @@ def test_a_finish_is_retried_while_the_lease_lives(world: World) -> None:
     assert charge("A-1") == "charged 5 for A-1"
 
 
-@pytest.mark.parametrize("error", [away(), StoreError("disk full"), ConfigurationError("no such table")])
+@pytest.mark.parametrize("error", [away(), StoreError("disk full"), StoreConfigurationError("no such table")])
 def test_an_outcome_that_cannot_be_recorded_is_put_back(world: World, error: Exception) -> None:
     """Past the lease the call ends in StoreUnavailableError, whatever SQL says, and is recorded later (F45, F57)."""
     world.record_tier.down("finish", error=error)
@@ -1099,7 +1100,7 @@ def test_shadow_runs_everything_and_counts_duplicates(world: World) -> None:
 
 
 @pytest.mark.parametrize("verbs", [("*",), ("finish",), ("release",)])
-@pytest.mark.parametrize("error", [away(), StoreError("odd"), ConfigurationError("no such table")], ids=repr)
+@pytest.mark.parametrize("error", [away(), StoreError("odd"), StoreConfigurationError("no such table")], ids=repr)
 @pytest.mark.parametrize("fails", [False, True])
 def test_shadow_never_raises_for_the_store(world: World, verbs: tuple[str, ...], error: Exception, fails: bool) -> None:
     """In shadow a broken store is announced; the handler runs and its own ending is all that its caller sees."""
