@@ -37,6 +37,7 @@ from idem_tasks.stores.sql_errors import (
     Fault,
     MissingTableError,
     RowLockedError,
+    StatementRefusedError,
     error_for,
     fault_of,
     is_lost_connection,
@@ -243,7 +244,8 @@ class SQLStore:
         """Do the work on a connection, making the tables first where they are missing and may be made."""
         try:
             return await self._try(work, *args, **kwargs)
-        except MissingTableError:
+        except (MissingTableError, StatementRefusedError):
+            # The second on SQLite: the table may have been missing, and be made by another thread since.
             if not self._may_create_schema:
                 raise
             await self.prepare()

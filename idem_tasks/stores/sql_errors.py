@@ -35,6 +35,10 @@ class MissingTableError(StoreConfigurationError):
     """The tables have not been made."""
 
 
+class StatementRefusedError(StoreError):
+    """SQLite refused the statement; it has one code for all reasons, a missing table among them."""
+
+
 _SQLSTATES = {
     "55P03": Fault.LOCKED,
     "40001": Fault.CONFLICT,
@@ -144,7 +148,7 @@ def error_for(fault: Fault, address: str, table: str) -> StoreError:
             return MissingTableError(f"{address} has no table {table}; run: idem-tasks init-db")
         case Fault.UNKNOWN_COLUMN:
             return StoreConfigurationError(
-                f"{address}: the table {table} is of an older version; run: idem-tasks upgrade"
+                f"{address}: the table {table} is of an older version; run: idem-tasks init-db"
             )
         case Fault.READ_ONLY:
             return StoreError(
@@ -170,5 +174,7 @@ def error_for(fault: Fault, address: str, table: str) -> StoreError:
                 f"{address} cannot be reached; check that it runs, and the host, port, user, password and database "
                 "in its URL"
             )
-        case Fault.SQLITE_STATEMENT | Fault.OTHER:
+        case Fault.SQLITE_STATEMENT:
+            return StatementRefusedError(f"{address} answered with an error; its cause is attached")
+        case Fault.OTHER:
             return StoreError(f"{address} answered with an error; its cause is attached")

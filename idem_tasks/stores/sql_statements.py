@@ -189,7 +189,7 @@ class Statements:
                 state=self._new("state"), attention=self._new("state"), crashes=self._new("crashes"), updated_at=now()
             )
         )
-        """Puts a dead claim in doubt or parks it; its token and owner stay, so that its late finish still counts."""
+        """Puts a dead claim in doubt or parks it; its token and owner stay, so that a late finish ends the doubt."""
 
     def _new(self, name: str) -> ColumnElement[Any]:
         return bindparam(f"new_{name}", type_=self._columns[name].type)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, NullPool, create_engine, text
 
+from idem_tasks.claims import ClaimAnswer, ClaimRequest, Granted, new_owner
 from idem_tasks.errors import ConfigurationError
+from idem_tasks.events import Announcer
+from idem_tasks.policy import Policy
 from idem_tasks.runtime import run_sync
 from idem_tasks.stores.schema import records_table
 from idem_tasks.stores.sql import SQLStore
@@ -158,6 +163,22 @@ def test_a_table_of_an_older_version_says_what_to_run(postgres_url: str) -> None
     run_sync(store.prepare())
     with connected(postgres_url) as connection:
         connection.execute(text("ALTER TABLE idem_tasks_records DROP COLUMN traceparent"))
-    with pytest.raises(ConfigurationError, match="idem-tasks upgrade"):
+    with pytest.raises(ConfigurationError, match="idem-tasks init-db"):
         run_sync(store.get("scope", "key"))
     run_sync(store.close())
+
+
+def test_many_first_calls_at_once_make_the_tables_of_a_new_file(tmp_path: Path) -> None:
+    """SQLite says the same for a missing table as for any refused statement, and another task makes it meanwhile."""
+
+    async def claim_all(url: str) -> list[ClaimAnswer]:
+        store = SQLStore(url).on("asyncio", Announcer(()))
+        answers = await asyncio.gather(
+            *(store.claim(ClaimRequest("scope", f"key {n}", None, new_owner(), Policy())) for n in range(10))
+        )
+        await store.close()
+        return answers
+
+    for n in range(10):
+        answers = asyncio.run(claim_all(f"sqlite:///{tmp_path}/{n}.db"))
+        assert all(isinstance(answer, Granted) for answer in answers)
