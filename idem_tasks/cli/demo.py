@@ -43,7 +43,7 @@ def demo(
     try:
         report = run_demo(servers, talk, orders=orders, keep=keep)
     except KeyboardInterrupt:
-        talk.print("Interrupted: the workers were ended, and nothing is left behind.")
+        talk.print(f"Interrupted: the workers were ended, {'the rest is kept' if keep else 'nothing is left behind'}.")
         raise
     show(report, terminal.data(), talk)
     if report.faults:

@@ -48,12 +48,13 @@ def run_demo(
         with talk.step("Starting the servers") as step:
             settings, processes = run.enter_context(open_run(servers, orders=orders, keep=keep))
             step.done = _what_is_used(servers)
-        if keep:
-            console.print(_what_is_kept(settings), style="dim", highlight=False, soft_wrap=True)
         try:
-            return _Run(settings, processes, talk).play()
+            report = _Run(settings, processes, talk).play()
         except (SQLAlchemyError, KombuError, RedisError, OSError) as error:
             raise DemoError(f"a server failed in the middle of the demo: {type(error).__name__}: {error}") from error
+        if keep:
+            console.print(_what_is_kept(settings, servers), style="dim", highlight=False)
+        return report
 
 
 @contextmanager
@@ -79,11 +80,15 @@ def _kind(url: str | None) -> str:
     return url.partition(":")[0].partition("+")[0] if url else ""
 
 
-def _what_is_kept(settings: Settings) -> str:
-    return (
-        f"Kept in the end: {settings.folder}, the tables {settings.table_prefix}* in its shop.db or your database, "
-        f"the markers {settings.redis_prefix}* and the queues {settings.name}.* on servers of yours."
-    )
+def _what_is_kept(settings: Settings, servers: Servers) -> str:
+    places = [str(settings.folder)]
+    if servers.database_url:
+        places.append(f"tables {settings.table_prefix}*")
+    if servers.redis_url:
+        places.append(f"keys {settings.redis_prefix}*")
+    if servers.broker_url:
+        places.append(f"queues {settings.name}.*")
+    return f"Kept: {', '.join(places)}"
 
 
 class _Run:
