@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,6 @@ def test_whatever_is_wrong_with_the_charges_is_a_fault(change: dict[str, int], f
         ({"takeovers": 0}, "nobody took over the order whose charge was killed"),
     ],
 )
-def test_whatever_is_wrong_with_the_records_is_a_fault(change: dict[str, int], fault: str) -> None:
+def test_whatever_is_wrong_with_the_records_is_a_fault(change: dict[str, Any], fault: str) -> None:
     """Also a demo in which nothing was taken over: it would have shown nothing."""
     assert dataclasses.replace(EXACT, **change).faults == [fault]
