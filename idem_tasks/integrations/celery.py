@@ -11,6 +11,7 @@ import inspect
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,9 @@ def find_host(function: Callable[..., Any]) -> CeleryHost | None:
     request = task.request
     if inspect.iscoroutinefunction(function) and not request.called_directly and not _loop_is_running():
         raise ConfigurationError(_never_awaited([task.name]))
-    return CeleryHost(task, request)
+    host = CeleryHost(task, request)
+    host.refuse_to_begin_at_the_end()
+    return host
 
 
 def _runs(task: Task, function: Callable[..., Any]) -> bool:
@@ -118,6 +121,12 @@ class CeleryHost:
     def framework_argument(self) -> bool:
         """True with `bind=True` and for class-based tasks, whose first argument is the task."""
         return getattr(getattr(self._task, "_orig_run", self._task.run), "__self__", None) is not None
+
+    def refuse_to_begin_at_the_end(self) -> None:
+        """Send back what a worker still took in its cold shutdown: the handler would be cut off in mid-run."""
+        if self._has_message and self._task.acks_late and _is_shutting_down():
+            time.sleep(_PAUSE_BEFORE_REJECT)
+            raise _rejected("the worker is shutting down")
 
     def is_failure(self, error: BaseException) -> bool:
         """Tell a handler's failure from Retry, Ignore, Reject and a shutdown."""
@@ -183,12 +192,22 @@ def _copied(args: Any, kwargs: Any) -> tuple[Any, Any]:
 def _is_interruption(error: BaseException) -> bool:
     """Tell whether the worker's shutdown struck the handler, in the pools that run it in the worker's process.
 
-    There the pool takes the end of a killed greenlet for success, and acknowledges (F41). A signal handler that
-    raises in the middle of a handler (solo) can raise anything.
+    There the pool takes the end of a killed greenlet for success, and acknowledges (F41); in solo, Celery's signal
+    handler itself raises in the middle of whatever runs.
     """
     greenlet = sys.modules.get("greenlet")
     if greenlet is not None and isinstance(error, greenlet.GreenletExit):
         return True
+    return _is_shutting_down() or _comes_from_signal_handler(error)
+
+
+def _comes_from_signal_handler(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "celery.apps.worker" for frame, _ in frames)
+
+
+def _is_shutting_down() -> bool:
+    """Tell whether a cold shutdown of this process has begun; in a prefork child, whose parent it concerns, never."""
     worker_state = sys.modules.get("celery.worker.state")
     return worker_state is not None and worker_state.should_terminate is not None
 

@@ -189,7 +189,7 @@ def limited(order: str) -> str:
     return "done"
 
 
-@app.task(name="shop.hard_limited", time_limit=1, acks_on_timeout=False, **LATE)
+@app.task(name="shop.hard_limited", time_limit=1, **LATE)
 @idempotent_task(key="{order}")
 def hard_limited(order: str) -> str:
     ledger.note("started", order)
