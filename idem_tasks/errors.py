@@ -19,8 +19,8 @@
         ├── StoreUnavailableError            Redis or SQL cannot be reached; retry
         └── StoreConfigurationError          it was reached, and is not set up for us (a ConfigurationError too)
 
-Messages name the scope and key, never arguments, outcomes or secrets. All errors survive pickle,
-because Celery sends them between processes.
+Messages name the scope and key, never arguments, outcomes or secrets. All errors survive pickle, because Celery
+sends them between processes, and can be made of their message alone, as Celery's JSON result backends do.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class ConfigurationError(IdemTasksError, ValueError):
 class MissingExtraError(ConfigurationError, ImportError):
     """An optional dependency is not installed; `extra` is what to install."""
 
-    def __init__(self, *, package: str, extra: str) -> None:
+    def __init__(self, message: str | None = None, *, package: str = "", extra: str = "") -> None:
         self.package = package
         self.extra = extra
-        super().__init__(f"{package} is not installed; run: pip install 'idem-tasks[{extra}]'")
+        super().__init__(message or f"{package} is not installed; run: pip install 'idem-tasks[{extra}]'")
         self.msg = str(self)  # ImportError's own, which ValueError's side of the tree leaves empty
 
 
@@ -64,7 +64,7 @@ class InvalidKeyError(IdemTasksError, ValueError):
 class ConflictError(IdemTasksError):
     """Another delivery of the same scope and key stands in the way."""
 
-    def __init__(self, message: str, *, scope: str, key: str) -> None:
+    def __init__(self, message: str = "", *, scope: str = "", key: str = "") -> None:
         self.scope = scope
         self.key = key
         super().__init__(message)
@@ -73,10 +73,10 @@ class ConflictError(IdemTasksError):
 class InProgressError(ConflictError):
     """The same key runs elsewhere right now; `retry_after` (seconds) is what is left of its lease."""
 
-    def __init__(self, *, scope: str, key: str, retry_after: float) -> None:
+    def __init__(self, message: str | None = None, *, scope: str = "", key: str = "", retry_after: float = 0.0) -> None:
         self.retry_after = retry_after
         super().__init__(
-            f"{scope} {key!r} is being handled by another delivery; try again in {retry_after:.1f} s",
+            message or f"{scope} {key!r} is being handled by another delivery; try again in {retry_after:.1f} s",
             scope=scope,
             key=key,
         )
@@ -85,11 +85,14 @@ class InProgressError(ConflictError):
 class FingerprintMismatchError(ConflictError):
     """The key was used before with other arguments; `changed` names them where that is known."""
 
-    def __init__(self, *, scope: str, key: str, changed: Sequence[str] = ()) -> None:
+    def __init__(
+        self, message: str | None = None, *, scope: str = "", key: str = "", changed: Sequence[str] = ()
+    ) -> None:
         self.changed = tuple(changed)
         differing = f" ({', '.join(self.changed)})" if self.changed else ""
         super().__init__(
-            f"{scope} {key!r} was used before with other arguments{differing}; "
+            message
+            or f"{scope} {key!r} was used before with other arguments{differing}; "
             "use another key for another operation, or exclude what may differ with fingerprint=[...]",
             scope=scope,
             key=key,
@@ -99,9 +102,9 @@ class FingerprintMismatchError(ConflictError):
 class DuplicateError(ConflictError):
     """The key is finished and the policy is on_duplicate="raise"; `outcome` is the recorded value."""
 
-    def __init__(self, *, scope: str, key: str, outcome: Any = None) -> None:
+    def __init__(self, message: str | None = None, *, scope: str = "", key: str = "", outcome: Any = None) -> None:
         self.outcome = outcome
-        super().__init__(f"{scope} {key!r} was handled before", scope=scope, key=key)
+        super().__init__(message or f"{scope} {key!r} was handled before", scope=scope, key=key)
 
 
 class LeaseLostError(ConflictError):
@@ -110,10 +113,10 @@ class LeaseLostError(ConflictError):
     The effects of this handler may have happened. The message must be delivered again, not acknowledged.
     """
 
-    def __init__(self, *, scope: str, key: str, fencing_token: int) -> None:
+    def __init__(self, message: str | None = None, *, scope: str = "", key: str = "", fencing_token: int = 0) -> None:
         self.fencing_token = fencing_token
         super().__init__(
-            f"{scope} {key!r}: the claim with fencing token {fencing_token} was lost while its handler ran",
+            message or f"{scope} {key!r}: the claim with fencing token {fencing_token} was lost while its handler ran",
             scope=scope,
             key=key,
         )
@@ -122,11 +125,12 @@ class LeaseLostError(ConflictError):
 class InDoubtError(IdemTasksError):
     """A handler died or failed in mid-run under on_crash="hold": whether its effect happened is unknown."""
 
-    def __init__(self, *, scope: str, key: str) -> None:
+    def __init__(self, message: str | None = None, *, scope: str = "", key: str = "") -> None:
         self.scope = scope
         self.key = key
         super().__init__(
-            f"{scope} {key!r} is in doubt: an earlier delivery ended in mid-run, so it is not run again; "
+            message
+            or f"{scope} {key!r} is in doubt: an earlier delivery ended in mid-run, so it is not run again; "
             "find out whether its effect happened, then call Idempotency.resolve(scope, key, outcome=... or rerun=True)"
         )
 
@@ -134,13 +138,16 @@ class InDoubtError(IdemTasksError):
 class ParkedError(IdemTasksError):
     """Too many crashes (`max_crashes`) or failures (`max_attempts`): the record waits for a person."""
 
-    def __init__(self, *, scope: str, key: str, crashes: int = 0, failures: int = 0) -> None:
+    def __init__(
+        self, message: str | None = None, *, scope: str = "", key: str = "", crashes: int = 0, failures: int = 0
+    ) -> None:
         self.scope = scope
         self.key = key
         self.crashes = crashes
         self.failures = failures
         super().__init__(
-            f"{scope} {key!r} is parked after {crashes} crashes and {failures} failures; "
+            message
+            or f"{scope} {key!r} is parked after {crashes} crashes and {failures} failures; "
             "when the cause is mended, call Idempotency.resolve(scope, key, rerun=True)"
         )
 
@@ -152,10 +159,10 @@ class OutcomeError(IdemTasksError):
 class ReplayedFailureError(IdemTasksError):
     """The recorded failure of an earlier delivery, whose own type cannot be rebuilt safely."""
 
-    def __init__(self, *, error_type: str, error_message: str) -> None:
+    def __init__(self, message: str | None = None, *, error_type: str = "", error_message: str = "") -> None:
         self.error_type = error_type
         self.error_message = error_message
-        super().__init__(f"{error_type}: {error_message}")
+        super().__init__(message or f"{error_type}: {error_message}")
 
 
 class StoreError(IdemTasksError):

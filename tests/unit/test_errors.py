@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from typing import Any
 
@@ -166,10 +167,18 @@ def test_the_tree(error: type[Exception], base: type[Exception]) -> None:
 
 def test_one_root_is_no_builtin_outage() -> None:
     """No error of ours is taken for the system's own, which callers handle in their own way."""
-    for error, _, _ in EXAMPLES:
+    for error, _fields, _fix in EXAMPLES:
         assert not isinstance(error, OSError | RuntimeError | TimeoutError)
 
 
 def test_keys_are_shown_unambiguously() -> None:
     """A key with spaces or line breaks cannot be misread, nor forge a line in a log."""
     assert r"'A \n1'" in str(InDoubtError(scope="s", key="A \n1"))
+
+
+def test_every_error_is_rebuilt_from_its_message_by_a_json_result_backend() -> None:
+    """Celery keeps an exception's type and arguments as JSON, and calls the type with them."""
+    for error, _fields, _fix in EXAMPLES:
+        rebuilt = type(error)(*json.loads(json.dumps(error.args)))
+        assert type(rebuilt) is type(error)
+        assert str(rebuilt) == str(error)
