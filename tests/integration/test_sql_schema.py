@@ -44,7 +44,7 @@ def described_by_postgres(connection: Connection, name: str) -> list[object]:
 
 def described_by_mariadb(connection: Connection, name: str) -> list[object]:
     created: str = connection.execute(text(f"SHOW CREATE TABLE {name}")).one()[1]
-    return sorted(line.strip().rstrip(",") for line in created.splitlines())  # indexes are made in any order
+    return [*sorted(line.strip().rstrip(",") for line in created.splitlines())]  # indexes are made in any order
 
 
 @pytest.mark.parametrize(
