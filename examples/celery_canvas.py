@@ -1,4 +1,4 @@
-"""A duplicate in a group or chain gets the recorded outcome, so that what comes after it fires with the same values."""
+"""A duplicate in a group or chain gets the recorded outcome, and what follows it the same value."""
 
 from celery import Celery, chain, group
 from celery.contrib.testing.worker import start_worker

@@ -31,7 +31,7 @@ from idem_tasks.runtime import register_interruption
 _logger = logging.getLogger("idem_tasks")
 
 PUT_BACK = (InProgressError, LeaseLostError, StoreError)
-"""Errors after which the message must be delivered again: neither failed nor acknowledged as done (F31, F59)."""
+"""Errors after which the message must come again: neither failed nor acknowledged as done (F31, F59)."""
 
 _PAUSE_BEFORE_REJECT = 1.0
 """Seconds. A rejected message comes back at once, 6,000 times a second."""
@@ -123,7 +123,7 @@ class CeleryHost:
         return getattr(getattr(self._task, "_orig_run", self._task.run), "__self__", None) is not None
 
     def refuse_to_begin_at_the_end(self) -> None:
-        """Send back what a worker still took in its cold shutdown: the handler would be cut off in mid-run."""
+        """Send back what came to a worker in its cold shutdown: the handler would be cut off in mid-run."""
         if self._has_message and self._task.acks_late and _is_shutting_down():
             time.sleep(_PAUSE_BEFORE_REJECT)
             raise _rejected("the worker is shutting down")
@@ -137,7 +137,7 @@ class CeleryHost:
         return isinstance(error, Retry | Reject)
 
     def settle(self, error: BaseException, announce: Callable[..., None]) -> BaseException:
-        """Return what to raise to Celery: Ignore once the message is put back, Reject to have it delivered again.
+        """Return what to raise to Celery: Ignore once the message is put back, Reject if it is to come again.
 
         The rest is Celery's: a handler's own exception is retried or failed, `Retry` was published already.
         """
@@ -163,7 +163,7 @@ class CeleryHost:
         return acknowledged
 
     def _not_published(self, error: Exception, failed: BaseException) -> BaseException:
-        """Have the broker deliver this copy again; where it was acknowledged before it ran, fail and so be seen."""
+        """Have the broker deliver this copy again; one that was acknowledged before it ran fails, and is seen."""
         _logger.error("%s[%s] could not be put back: %r", self._task.name, self.message, failed)
         if isinstance(failed, SystemExit):
             return failed  # ends this process, and an unacknowledged message is delivered again
@@ -176,13 +176,16 @@ class CeleryHost:
 
 
 def _rejected(reason: str) -> BaseException:
-    """Have the broker deliver the message again; a string only: an error that does not pickle would kill the worker."""
+    """Have the broker deliver the message again.
+
+    The reason is a string: an exception that does not survive pickle would kill the worker's main process.
+    """
     rejected: BaseException = Reject(reason, requeue=True)
     return rejected
 
 
 def _copied(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Copy a message's arguments before the handler can change them: it may have to be published again (F18)."""
+    """Copy a message's arguments before the handler can change them: they may be published again (F18)."""
     try:
         return copy.deepcopy((args, kwargs))
     except Exception:  # noqa: BLE001 - pickled arguments can be anything
@@ -190,10 +193,10 @@ def _copied(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _is_interruption(error: BaseException) -> bool:
-    """Tell whether the worker's shutdown struck the handler, in the pools that run it in the worker's process.
+    """Tell whether the worker's shutdown struck the handler, in a pool that runs it in the worker's process.
 
-    There the pool takes the end of a killed greenlet for success, and acknowledges (F41); in solo, Celery's signal
-    handler itself raises in the middle of whatever runs.
+    There the pool takes the end of a killed greenlet for success, and acknowledges (F41); in solo, Celery's
+    signal handler itself raises in the middle of whatever runs.
     """
     greenlet = sys.modules.get("greenlet")
     if greenlet is not None and isinstance(error, greenlet.GreenletExit):
@@ -207,7 +210,7 @@ def _comes_from_signal_handler(error: BaseException) -> bool:
 
 
 def _is_shutting_down() -> bool:
-    """Tell whether a cold shutdown of this process has begun; in a prefork child, whose parent it concerns, never."""
+    """Tell whether a cold shutdown of this process has begun; that of its parent does not concern a child."""
     worker_state = sys.modules.get("celery.worker.state")
     return worker_state is not None and worker_state.should_terminate is not None
 

@@ -1,4 +1,4 @@
-"""Puts a Celery message back: the same message, a little later, safely published before this copy is acknowledged."""
+"""Puts a Celery message back: the same message, later, safely published before this copy is acknowledged."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _FIRST_DELAY = 0.5
 """Seconds before the first copy comes back, at least; doubled each time."""
 
 _LONGEST_DELAY = 300.0
-"""Seconds. A worker holds a delayed message unacknowledged; RabbitMQ closes its channel after 1,800 s of that."""
+"""Seconds. A worker holds a delayed message unacknowledged; RabbitMQ allows that for 1,800 s."""
 
 _SHARE_OF_VISIBILITY = 0.2
-"""Of the visibility timeout; with the jitter below a quarter of it, or else held copies are delivered again (F64)."""
+"""Of the visibility timeout; with the jitter below a quarter, or held copies would be delivered twice (F64)."""
 
 _JITTER = 0.2
 """Of the delay, at most: so that the duplicates of one message do not come back together."""
 
 _MADE_ANEW = frozenset({"parent_id", "ignore_result", "argsrepr", "kwargsrepr"})
-"""Headers that Celery does not take over when it sends a request again: a message without a parent becomes its own
-parent, and arguments whose sender hid them from the logs are shown."""
+"""Headers that Celery does not take over when it sends a request again: a message without a parent becomes
+its own parent, and arguments whose sender hid them from the logs are shown."""
 
 _CONFIRM_TIMEOUT = 10.0
 """Seconds to wait for RabbitMQ's confirmation before the message is published once more."""
@@ -43,7 +43,7 @@ def times_put_back(request: Context) -> int:
 
 
 def delay_of(app: Celery, retry_after: float, count: int) -> float:
-    """Return the seconds until the copy is to run: what is left of the lease, or longer the more often it came."""
+    """Return the seconds until the copy is to run: the rest of the lease, or longer the more often it came."""
     options = app.conf.broker_transport_options or {}
     visibility_timeout = float(options.get("visibility_timeout") or _DEFAULT_VISIBILITY_TIMEOUT)
     growing = _FIRST_DELAY * 2.0 ** min(count, 20)
@@ -52,7 +52,7 @@ def delay_of(app: Celery, retry_after: float, count: int) -> float:
 
 
 def put_back(task: Task, request: Context, args: Any, kwargs: Any, *, delay: float, count: int) -> None:
-    """Publish the request's message again, unchanged but for its delay and the count; raises if it is not certain.
+    """Publish the request's message again, unchanged but for its delay and count; raises if that is uncertain.
 
     Same task id, retries, headers, root, parent, group, chord, chain and links, so that whoever waits for the
     result does not notice. `args` and `kwargs` are what the message held, whatever the handler did to them.
@@ -72,7 +72,7 @@ def put_back(task: Task, request: Context, args: Any, kwargs: Any, *, delay: flo
 def _confirming_producer(app: Celery) -> Producer:
     """Take a producer, for a `with` block, whose publish returns only when the broker has the message (F60).
 
-    Redis does so by its reply; AMQP only on a channel with publisher confirms, which Celery's own producers lack.
+    Redis does so by its reply; AMQP only with publisher confirms, which Celery's own producers lack.
     """
     connection = app.connection_for_write()
     if connection.get_transport_cls().driver_type == "amqp":
