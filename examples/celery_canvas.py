@@ -7,7 +7,7 @@ from idem_tasks import configure, idempotent_task
 
 app = Celery("shop", broker="memory://", backend="cache+memory://")
 app.conf.broker_transport_options = {"polling_interval": 0.01}
-configure(database_url="sqlite:///shop.db", lease=1)
+configure(database_url="sqlite://", lease=1)
 charged, mailed = [], []
 
 

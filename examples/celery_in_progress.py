@@ -13,7 +13,7 @@ put_back = threading.Event()
 charged = []
 
 configure(
-    database_url="sqlite:///shop.db",
+    database_url="sqlite://",
     lease=1,  # seconds; a copy comes back when the lease of the one that runs could be over
     observers=[lambda event: put_back.set() if event.name is EventName.PUT_BACK else None],
 )

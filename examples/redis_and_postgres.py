@@ -12,6 +12,8 @@ from redis import Redis
 from idem_tasks import configure, idempotent_task
 
 idempotency = configure(create_schema=True)  # in production: idem-tasks init-db
+if "IDEM_TASKS_REDIS_URL" not in os.environ or "IDEM_TASKS_DATABASE_URL" not in os.environ:
+    raise SystemExit("set IDEM_TASKS_REDIS_URL and IDEM_TASKS_DATABASE_URL first")
 redis = Redis.from_url(os.environ["IDEM_TASKS_REDIS_URL"])
 order_id = f"A-{secrets.token_hex(4)}"
 charged: list[str] = []

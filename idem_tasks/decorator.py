@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, Never, ParamSpec, TypeVar, Unpack, cast
 
 from idem_tasks import config, hosts
 from idem_tasks.call import Call
@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 
 def idempotent_task(
-    *,
+    *_positional: Never,  # so that a bare @idempotent_task hears that it needs key=
     key: str | Callable[..., object],
     scope: str | Callable[..., object] | None = None,
     fingerprint: str | Sequence[str] | Callable[..., object] | None = "arguments",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -121,8 +123,17 @@ class Policy:
     def active(self) -> bool:
         """False where `enabled` is false or IDEM_TASKS_DISABLED is 1, true, yes or on; read at each call."""
         # Anything but a clear yes, such as "false" or a slip of the pen, keeps the protection.
-        disabled = os.environ.get("IDEM_TASKS_DISABLED", "").strip().lower() in ("1", "true", "yes", "on")
-        return self.enabled and not disabled
+        setting = os.environ.get("IDEM_TASKS_DISABLED")
+        if setting is not None and setting.strip().lower() in ("1", "true", "yes", "on"):
+            _warn_of_disabled()
+            return False
+        return self.enabled
+
+
+@functools.cache
+def _warn_of_disabled() -> None:
+    """Say it once in each process, so that a switch left on by mistake is seen."""
+    logging.getLogger("idem_tasks").warning("IDEM_TASKS_DISABLED is set: handlers run without protection")
 
 
 FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(Policy))

@@ -92,7 +92,7 @@ class Blocking:
             value.close()
             raise ConfigurationError(
                 f"{getattr(handler, '__qualname__', handler)} returned a coroutine, which nobody awaits here; "
-                "nothing ran: decorate the async def function itself"
+                "nothing ran: await it with arun(...), or decorate the async def function itself"
             )
         return value
 

@@ -107,6 +107,8 @@ async def open_claim(call: Call) -> Claim | Finished:
         if call.policy.shadow and not isinstance(error, StoreError | ConfigurationError):
             call.announce(EventName.SHADOW_DUPLICATE, found=type(error).__name__)
         elif not runs_without_store(call, error):
+            if isinstance(error, StoreError):
+                call.announce(EventName.STORE_UNAVAILABLE, error=str(error))
             raise
         return unprotected(call)
     if isinstance(claim, Finished) and call.policy.shadow:

@@ -22,7 +22,7 @@ def demo(
         str | None, typer.Option(help="A database for records and ledger; without it, SQLite.", metavar="URL")
     ] = None,
     broker_url: Annotated[
-        str | None, typer.Option(help="amqp:// or redis:// for the messages; without it, SQLite.", metavar="URL")
+        str | None, typer.Option(help="amqp:// or redis:// for the messages; without it, files.", metavar="URL")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave files, tables and markers to look at.")] = False,
 ) -> None:

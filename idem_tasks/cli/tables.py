@@ -48,14 +48,17 @@ def init_db(
     from idem_tasks import SQLStore
     from idem_tasks.stores.migrations.offline import newest_revision
 
-    talk, where = terminal.talk(), f"{table_prefix}* " + (f"in schema {schema} " if schema else "")
-    with Idempotency(store=SQLStore(url, schema=schema, table_prefix=table_prefix, create_schema=False)) as idempotency:
+    talk, named = terminal.talk(), f"{table_prefix}*" + (f" in schema {schema}" if schema else "")
+    if database_url is None:
+        talk.print("Neither --database-url nor IDEM_TASKS_DATABASE_URL is given: this is the default database.")
+    store = SQLStore(url, schema=schema, table_prefix=table_prefix, create_schema=False)
+    with Idempotency(store=store) as idempotency:
         were_there = _are_there(idempotency)
         idempotency.prepare()
     if were_there:
-        talk.print(f"The tables {where}are there already, at {newest_revision()}.")
+        talk.print(f"{store.address} has the tables {named} already, version {newest_revision()}.", soft_wrap=True)
     else:
-        talk.print(f"Made the tables {where}at {newest_revision()}.")
+        talk.print(f"Made the tables {named} in {store.address}, version {newest_revision()}.", soft_wrap=True)
 
 
 def _are_there(idempotency: Idempotency) -> bool:

@@ -18,7 +18,7 @@ _REDIS_SCHEMES = frozenset(
         *("redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
     }
 )
-_SQL_SCHEMES = frozenset({"sqlite", "postgresql", "mysql", "mariadb"})
+_SQL_SCHEMES = frozenset({"sqlite", "postgresql", "postgres", "mysql", "mariadb"})
 
 
 def store_from_url(url: str, *, create_schema: bool | None = None) -> Store:

@@ -41,6 +41,7 @@ from idem_tasks.stores.sql_errors import (
     error_for,
     fault_of,
     is_lost_connection,
+    why_not_connected,
 )
 from idem_tasks.stores.sql_statements import Kind, Statements, statements_for
 
@@ -97,6 +98,11 @@ class SQLStore:
         self._table = records_table(schema, table_prefix)
         self._runtime: RuntimeName = next(iter(self._clients))
         self._siblings: dict[RuntimeName, SQLStore] = {self._runtime: self}
+
+    @property
+    def address(self) -> str:
+        """Where the database is, without password."""
+        return self._client.address
 
     @property
     def runtimes(self) -> frozenset[RuntimeName]:
@@ -280,13 +286,13 @@ class SQLStore:
                     conflicts += 1
                     await self._sleep(random.uniform(0, _CONFLICT_PAUSE))  # noqa: S311 (no secret)
                 else:
-                    raise await self._explained(fault) from error
+                    raise await self._explained(fault, why_not_connected(error)) from error
 
-    async def _explained(self, fault: Fault) -> StoreError:
+    async def _explained(self, fault: Fault, why: str) -> StoreError:
         # SQLite has no error code for a missing table.
         if fault is Fault.SQLITE_STATEMENT and not await self._client.run(self._has_table):
             fault = Fault.MISSING_TABLE
-        return error_for(fault, self._client.address, self._table.fullname)
+        return error_for(fault, self._client.address, self._table.fullname, why)
 
     def _statements(self, connection: Connection) -> Statements:
         dialect = connection.dialect

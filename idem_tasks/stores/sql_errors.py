@@ -23,6 +23,7 @@ class Fault(Enum):
     READ_ONLY = auto()
     DENIED = auto()
     NO_DATABASE = auto()
+    NO_SCHEMA = auto()
     NO_FILE = auto()
     OTHER = auto()
 
@@ -44,7 +45,7 @@ _SQLSTATES = {
     "40001": Fault.CONFLICT,
     "40P01": Fault.CONFLICT,
     "42P01": Fault.MISSING_TABLE,
-    "3F000": Fault.MISSING_TABLE,
+    "3F000": Fault.NO_SCHEMA,
     "42703": Fault.UNKNOWN_COLUMN,
     "25006": Fault.READ_ONLY,
     "42501": Fault.DENIED,
@@ -137,18 +138,32 @@ def is_lost_connection(error: Exception) -> bool:
     return isinstance(error, exc.DBAPIError) and error.connection_invalidated
 
 
-def error_for(fault: Fault, address: str, table: str) -> StoreError:
-    """Return our own error; it says what to do and quotes neither parameters nor the driver's words."""
+def why_not_connected(error: Exception) -> str:
+    """Return the server's or driver's own words where no connection was made; else nothing.
+
+    psycopg has no SQLSTATE for a refused password. Words about a statement might quote its parameters; there is none.
+    """
+    if not isinstance(error, exc.DBAPIError) or error.statement is not None or error.connection_invalidated:
+        return ""
+    lines = str(error.orig).strip().splitlines()
+    return f" ({lines[0][:300]})" if lines else ""
+
+
+def error_for(fault: Fault, address: str, table: str, why: str = "") -> StoreError:
+    """Return our own error; it says what to do and quotes no parameters. `why` is what `why_not_connected` says."""
     match fault:
         case Fault.LOCKED:
             return RowLockedError(f"{address}: the record is locked by another transaction; try again")
         case Fault.CONFLICT:
             return StoreUnavailableError(f"{address}: other transactions stood in the way several times; try again")
         case Fault.MISSING_TABLE:
-            return MissingTableError(f"{address} has no table {table}; run: idem-tasks init-db")
+            return MissingTableError(
+                f"{address} has no table {table}; make it by: idem-tasks init-db --database-url URL"
+            )
         case Fault.UNKNOWN_COLUMN:
             return StoreConfigurationError(
-                f"{address}: the table {table} is of an older version; run: idem-tasks init-db"
+                f"{address}: the table {table} is of an older version; "
+                "bring it up to date by: idem-tasks init-db --database-url URL"
             )
         case Fault.READ_ONLY:
             return StoreError(
@@ -162,6 +177,9 @@ def error_for(fault: Fault, address: str, table: str) -> StoreError:
             )
         case Fault.NO_DATABASE:
             return StoreConfigurationError(f"{address}: there is no such database; check the database URL or create it")
+        case Fault.NO_SCHEMA:
+            schema = table.rpartition(".")[0] or "of that name"
+            return StoreConfigurationError(f"{address} has no schema {schema}; create it first: CREATE SCHEMA {schema}")
         case Fault.NO_FILE:
             return StoreConfigurationError(
                 f"{address} cannot be opened; check that its folder exists and may be written to, and that the file "
@@ -171,8 +189,8 @@ def error_for(fault: Fault, address: str, table: str) -> StoreError:
             return StoreUnavailableError(f"{address}: all connections of this process are in use; try again")
         case Fault.UNAVAILABLE:
             return StoreUnavailableError(
-                f"{address} cannot be reached; check that it runs, and the host, port, user, password and database "
-                "in its URL"
+                f"{address} cannot be reached{why}; check that it runs, and the host, port, user, password and "
+                "database in its URL"
             )
         case Fault.SQLITE_STATEMENT:
             return StatementRefusedError(f"{address} answered with an error; its cause is attached")

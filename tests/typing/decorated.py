@@ -101,7 +101,7 @@ idempotent_task(key="{order}", on_crash="ignore")  # type: ignore[arg-type]
 idempotent_task(key="{order}", leese=60)  # type: ignore[call-arg]
 idempotent_task(key="{order}", record_failures=KeyboardInterrupt)  # type: ignore[arg-type]
 idempotent_task(scope="s")  # type: ignore[call-arg]
-idempotent_task("{order}")  # type: ignore[call-arg]
+idempotent_task("{order}")  # type: ignore[arg-type, call-arg]
 configure(database_url="sqlite://", lease=timedelta(minutes=1), on_duplicate="raise")
 configure(leese=60)  # type: ignore[call-arg]
 assert_type(configure(store=MemoryStore()), Idempotency)

@@ -78,8 +78,9 @@ def test_init_db_makes_the_tables_once(database: str, request: pytest.FixtureReq
     first = idem_tasks("init-db", "--database-url", url)
     second = idem_tasks("init-db", IDEM_TASKS_DATABASE_URL=url)
     assert (first.returncode, first.stdout) == (second.returncode, second.stdout) == (0, "")
-    assert "Made the tables idem_tasks_* at 0001." in first.stderr
-    assert "there already, at 0001." in second.stderr
+    assert "Made the tables idem_tasks_* in " in first.stderr
+    assert "version 0001." in first.stderr
+    assert "has the tables idem_tasks_* already, version 0001." in second.stderr
     assert tables(url) == {"idem_tasks_records", "idem_tasks_schema"}
 
 
@@ -113,7 +114,7 @@ def test_the_script_for_a_dba_makes_the_same_tables(tmp_path: Path, sqlite_url: 
     connection.close()
     with Idempotency(store=SQLStore(sqlite_url, create_schema=False)) as idempotency:
         assert idempotency.run(lambda: 1, scope="s", key="k") == 1
-    assert "there already" in idem_tasks("init-db", "--database-url", sqlite_url).stderr
+    assert "already, version 0001" in idem_tasks("init-db", "--database-url", sqlite_url).stderr
 
 
 @pytest.mark.parametrize("url", ["postgresql://127.0.0.1:1/x", "mysql://127.0.0.1:1/x"])
@@ -136,3 +137,18 @@ def test_a_database_that_cannot_be_used_is_one_line_and_exit_5(url: str) -> None
     assert done.stderr.startswith("idem-tasks: ")
     assert done.stderr.count("\n") == 1
     assert "secret" not in done.stderr
+
+
+def test_a_missing_schema_is_named(postgres_url: str) -> None:
+    """A schema is for the DBA to make: the error says so, and not to run the very command that was run."""
+    answer = idem_tasks("init-db", "--database-url", postgres_url, "--schema", "ops")
+    assert answer.returncode == 5
+    assert "CREATE SCHEMA ops" in answer.stderr.replace("\n", " ")
+
+
+def test_the_server_says_why_it_lets_nobody_in(postgres_url: str) -> None:
+    """A user or database that is not there is told from a server that is not there, in the server's words."""
+    answer = idem_tasks("init-db", "--database-url", postgres_url.rpartition("/")[0] + "/no_such_database")
+    assert answer.returncode == 5
+    assert "no_such_database" in answer.stderr
+    assert "does not exist" in answer.stderr.replace("\n", " ")

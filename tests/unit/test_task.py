@@ -860,6 +860,14 @@ def test_on_store_unavailable_run_runs_unprotected(world: World) -> None:
     assert world.count(EventName.UNPROTECTED_RUN) == 2
 
 
+def test_a_store_that_cannot_be_claimed_is_announced_with_its_remedy(world: World) -> None:
+    """Whoever watches for errors hears that the store is away, and why, also where the message is put back."""
+    world.record_tier.down()
+    with pytest.raises(StoreUnavailableError):
+        world.charge()("A-1")
+    assert world.count(EventName.STORE_UNAVAILABLE) == 1
+
+
 def test_on_store_unavailable_run_does_not_fail_a_finished_handler(world: World) -> None:
     """Under `run` a handler whose finish cannot reach SQL returns its value: put back, it would run again at once."""
     charge = world.charge(on_store_unavailable="run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,23 @@ def upgrade(connection: Connection, schema: str | None, prefix: str) -> bool:
     try:
         with _alone(connection, f"idem_tasks:{schema or ''}.{prefix}") as alone:
             if alone:
-                command.upgrade(_config(connection, schema, prefix), "head")
+                with _quiet_alembic():
+                    command.upgrade(_config(connection, schema, prefix), "head")
             return alone
     finally:
         _in_this_process.release()
+
+
+@contextmanager
+def _quiet_alembic() -> Iterator[None]:
+    """Keep what Alembic says of its own set-up out of the log of a worker that makes its tables."""
+    logger = logging.getLogger("alembic")
+    before = logger.level
+    logger.setLevel(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _config(connection: Connection, schema: str | None, prefix: str) -> Config:
