@@ -267,7 +267,7 @@ def test_any_sequence_is_answered_as_the_model_answers_it(name: str, tested: Sto
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=50,
+            max_examples=20,
             stateful_step_count=15,
             deadline=None,
             derandomize=True,
