@@ -23,6 +23,16 @@ _lock = threading.RLock()
 _default: Idempotency | None = None
 
 
+def _renew_lock() -> None:
+    """In a forked child: the lock's holder may be a thread that only the parent has."""
+    global _lock  # noqa: PLW0603 - as below
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def configure(
     *,
     database_url: str | None = None,

@@ -72,12 +72,17 @@ _LEVELS: dict[EventName, int] = {
     EventName.RELEASE_FAILED: logging.ERROR,
     EventName.PUT_BACK: logging.INFO,
 }
+_OFTEN = 10
+"""Times that a message was put back from which on somebody should look."""
+
 _logger = logging.getLogger("idem_tasks")
 
 
 def log_event(event: Event) -> None:
     """Log an event to the logger `idem_tasks`: what needs a person at WARNING or ERROR, the rest at DEBUG."""
     level = _LEVELS.get(event.name, logging.DEBUG)
+    if event.name is EventName.PUT_BACK and event.details.get("count", 0) >= _OFTEN:
+        level = logging.WARNING
     if not _logger.isEnabledFor(level):
         return
     words = "".join(f" {name}={_word(value)}" for name, value in event.details.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -63,6 +64,7 @@ class Idempotency:
         self.codec: Codec = codec or JsonCodec()
         self._announce = Announcer((log_event,) if observers is None else observers)
         self._lock = threading.Lock()
+        _made.add(self)
         self._blocking: Services | None = None
         self._loops: dict[asyncio.AbstractEventLoop, Services] = {}
 
@@ -362,6 +364,19 @@ def _return_type(handler: Callable[..., Any]) -> Callable[[], Any]:
         return _return_types[function]
 
     return resolve
+
+
+_made: weakref.WeakSet[Idempotency] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked child: a lock's holder may be a thread that only the parent has."""
+    for idempotency in list(_made):
+        idempotency._lock = threading.Lock()  # noqa: SLF001 - of this module
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _state(state: State | str) -> State:

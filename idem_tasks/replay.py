@@ -32,6 +32,7 @@ def keep(call: Call, value: Any) -> EncodedOutcome:
     codec, before = call.services.codec, sys.exception()
     try:
         body = codec.encode(value, call.return_type(), call.context)
+        kept = EncodedOutcome(body=memoryview(body).tobytes(), codec=codec.name)
     except Exception as error:
         # A user's codec may raise anything, and the effect must be recorded. What struck from outside is no fault.
         if interruption_in(error, before) is not None:
@@ -45,7 +46,7 @@ def keep(call: Call, value: Any) -> EncodedOutcome:
             reason=f"{len(body)} bytes are more than max_outcome_bytes={call.policy.max_outcome_bytes}",
         )
         return EncodedOutcome(not_kept="too_large")
-    return EncodedOutcome(body=body, codec=codec.name)
+    return kept
 
 
 def keep_failure(error: BaseException) -> EncodedOutcome:

@@ -175,6 +175,11 @@ def register_interruption(kind: type[BaseException]) -> None:
         _INTERRUPTIONS.append(kind)
 
 
+def is_interruption(error: BaseException) -> bool:
+    """Tell whether a framework raised this at any instruction."""
+    return isinstance(error, tuple(_INTERRUPTIONS))
+
+
 def interruption_in(error: BaseException, before: BaseException | None) -> BaseException | None:
     """Find what struck from outside in a driver's error: a soft limit comes out of PyMySQL as OperationalError.
 

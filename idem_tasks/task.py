@@ -13,8 +13,10 @@ Read `perform` first; the steps it calls stand below it in the order in which th
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from idem_tasks.call import Call
@@ -47,7 +49,7 @@ from idem_tasks.errors import (
 )
 from idem_tasks.events import EventName
 from idem_tasks.replay import keep, keep_failure, message_of, outcome_of_another, replay, type_name
-from idem_tasks.runtime import HandlerStopIteration, deadline_clock
+from idem_tasks.runtime import HandlerStopIteration, deadline_clock, is_interruption
 
 Handler = Callable[..., Any]
 Answer = Claim | Finished | InProgress | InDoubt | Parked
@@ -58,6 +60,9 @@ _FIRST_PAUSE = 0.05
 
 _LONGEST_PAUSE = 2.0
 """Seconds between two such tries, at most."""
+
+_DOUBTFUL_SIZE = 1024 * 1024
+"""Bytes of an outcome, the default limit, above which it may be the outcome that a database refuses."""
 
 _PASSING = (InProgressError, LeaseLostError, StoreError)
 """Errors by which a nested call asks for another delivery: they are no failure of the handler that met them."""
@@ -111,6 +116,13 @@ async def open_claim(call: Call) -> Claim | Finished:
                 call.announce(EventName.STORE_UNAVAILABLE, error=str(error))
             raise
         return unprotected(call)
+    except Exception as struck:
+        if call.host is None or not is_interruption(struck):
+            raise
+        # A soft time limit, and nothing has run: the message has to come again, though Celery would fail it (F31).
+        raise StoreUnavailableError(
+            f"{call.request.scope} {call.request.key!r} was struck by {type(struck).__name__} before its handler began"
+        ) from struck
     if isinstance(claim, Finished) and call.policy.shadow:
         call.announce(EventName.SHADOW_DUPLICATE, found=claim.outcome.state.value)
         return unprotected(call)
@@ -236,6 +248,14 @@ async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded 
             break
         await call.services.runtime.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE)
+    if outcome.body is not None and len(outcome.body) > _DOUBTFUL_SIZE:
+        # Larger than MariaDB's max_allowed_packet, say: recorded without it, or it would be refused for ever (F43).
+        without = replace(outcome, body=None, codec=None, not_kept="too_large")
+        with contextlib.suppress(StoreError):
+            answer = await store.finish(claim.lease, without, may_insert=not claim.lost)
+            call.announce(EventName.OUTCOME_NOT_KEPT, reason=f"{len(outcome.body)} bytes were refused ({refused})")
+            tell(call, claim, answer, outcome.error_type)
+            return answer
     kept = await store.keep_pending(claim.lease, outcome)
     call.services.heartbeat.keep_trying(claim.lease, outcome)
     call.announce(EventName.OUTCOME_PENDING, kept_in_marker=kept, error=str(refused))

@@ -6,6 +6,7 @@ Loaded by itself once a function is decorated in a program that has imported Cel
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import inspect
 import logging
@@ -141,12 +142,15 @@ class CeleryHost:
 
         The rest is Celery's: a handler's own exception is retried or failed, `Retry` was published already.
         """
-        if not self._has_message or isinstance(error, Retry | Ignore | Reject):
+        if not self._has_message:
             return error
-        if isinstance(error, PUT_BACK):
-            return self._put_back(error, announce)
-        if _is_interruption(error) and self._task.acks_late:
-            return _rejected("interrupted")
+        if not isinstance(error, Retry | Ignore | Reject):
+            if isinstance(error, PUT_BACK):
+                return self._put_back(error, announce)
+            if _is_interruption(error) and self._task.acks_late:
+                return _rejected("interrupted")
+        # A wrapper between Celery and this may call once more, and that call is again the one that settles.
+        self._request.__dict__.pop("_idem_tasks_host", None)
         return error
 
     def _put_back(self, error: Exception, announce: Callable[..., None]) -> BaseException:
@@ -171,7 +175,8 @@ class CeleryHost:
             return error
         if _is_interruption(failed):
             return _rejected("interrupted")
-        time.sleep(_PAUSE_BEFORE_REJECT)
+        with contextlib.suppress(SoftTimeLimitExceeded):  # it was not published: struck or not, it must be rejected
+            time.sleep(_PAUSE_BEFORE_REJECT)
         return _rejected("in progress")
 
 

@@ -5,7 +5,12 @@ Each kind is imported when it is first named, so that no client library is loade
 
 from __future__ import annotations
 
+import hashlib
+import os
+import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from idem_tasks.errors import ConfigurationError
 
@@ -68,4 +73,19 @@ def store_from_urls(database_url: str | None, redis_url: str | None, *, create_s
     from idem_tasks.stores.sql import SQLStore
     from idem_tasks.stores.tiered import TieredStore
 
-    return TieredStore(RedisStore(redis_url), SQLStore(database_url, create_schema=create_schema))
+    marker = RedisStore(redis_url, prefix=_marker_prefix(database_url))
+    return TieredStore(marker, SQLStore(database_url, create_schema=create_schema))
+
+
+def _marker_prefix(database_url: str) -> str:
+    """Return a prefix of the database's own, so that two databases behind one Redis never answer for each other.
+
+    Where two workers write one server's address differently, their markers do not meet: SQL decides, as it would
+    without Redis. User, password and driver do not count; a file counts with its machine.
+    """
+    parts = urlsplit(database_url)
+    if parts.scheme.startswith("sqlite"):
+        place = f"{socket.gethostname()}:{Path(parts.path[1:]).resolve() if parts.path else os.getpid()}"
+    else:
+        place = f"{parts.hostname or ''}:{parts.port or ''}{parts.path}?{parts.query}"
+    return f"idem:{hashlib.sha256(place.encode()).hexdigest()[:12]}:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 
@@ -194,7 +194,8 @@ class MemoryStore:
                 case State.RUNNING if row.owner == request.owner:
                     # Granted before, and the answer did not arrive (F21).
                     row.lease_expires_at = now + request.policy.lease
-                    return Granted(row.lease_to(request))
+                    # Whether it took over is not known any more: rather say so once too often.
+                    return Granted(replace(row.lease_to(request), taken_over=row.crashes > 0))
                 case State.RUNNING if row.is_held(now):
                     return InProgress(row.lease_expires_at - now)
                 case State.RUNNING:

@@ -83,7 +83,8 @@ def _answer(sql: Statements, connection: Connection, request: ClaimRequest, row:
 
 def _own(sql: Statements, connection: Connection, request: ClaimRequest, row: AnyRow) -> Granted | None:
     """Ours: just now, or by an earlier try whose reply was lost (F21) and whose lease may be running out."""
-    lease = _lease(request, row, row.fencing_token)
+    # Whether it took over is not known any more where that reply was lost: rather say so once too often.
+    lease = _lease(request, row, row.fencing_token, taken_over=row.crashes > 0)
     is_old = row.lease_left < request.policy.lease * 2 / 3
     return None if is_old and not renew(sql, connection, [lease]) else Granted(lease)
 

@@ -84,6 +84,8 @@ def parse_url(text: str) -> URL:
             "the database URL cannot be read; it looks like postgresql://user:password@host:5432/database, "
             "mysql://user:password@host:3306/database or sqlite:////folder/file.db"
         ) from None
+    if "@" in (url.host or ""):
+        raise ConfigurationError("the database URL has more than one @; in a user name or password, write it as %40")
     if url.drivername not in _DRIVERS:
         raise ConfigurationError(
             f"{url.drivername}:// is not supported as a database URL; use one of: {', '.join(sorted(_DRIVERS))}"

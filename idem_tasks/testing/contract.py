@@ -131,6 +131,14 @@ class StoreContract:
         assert (again.attempts, again.crashes, again.generation) == (1, 0, 1)
         assert use.record().attempts == 1
 
+    def test_a_takeover_whose_answer_was_lost_is_still_a_takeover(self, use: StoreInUse) -> None:
+        """A handler that asks its provider only after a takeover must not be told that there was none (F21)."""
+        use.let_expire(use.granted(lease=SHORT))
+        request = use.request()
+        first, again = use.granted(request), use.granted(request)
+        assert first.taken_over
+        assert again.taken_over
+
     def test_two_copies_of_a_message_are_told_apart(self, use: StoreInUse) -> None:
         """Another owner on the same host, with the same arguments, is in progress: it passes no fence (F5)."""
         request = use.request(holder="host:1")

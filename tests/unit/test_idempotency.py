@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import decimal
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from idem_tasks.errors import (
     OutcomeError,
     StoreUnavailableError,
 )
+from idem_tasks.stores import _marker_prefix
 from idem_tasks.stores.base import RuntimeName
 from tests.unit.scripted import SCOPE, World, away, world_on
 
@@ -365,3 +367,23 @@ def test_sqlite_keeps_the_story(tmp_path: Any) -> None:
             "A-1": State.COMPLETED,
             "B-2": State.RELEASED,
         }
+
+
+def test_two_databases_behind_one_redis_have_markers_of_their_own() -> None:
+    """Production is never answered by the markers of staging; user, password and driver make no difference."""
+    ours = _marker_prefix("postgresql+psycopg://app:secret@db:5432/shop")
+    assert ours == _marker_prefix("postgresql://other:word@db:5432/shop")
+    others = ["postgresql://db:5432/staging", "postgresql://db2:5432/shop", "sqlite:///shop.db", "mysql://db/shop"]
+    assert len({ours, *map(_marker_prefix, others)}) == 5
+    assert ours.startswith("idem:")
+    assert "secret" not in ours
+
+
+def test_a_child_forked_while_a_lock_is_held_can_make_its_services() -> None:
+    """The lock's holder may be a thread that only the parent has."""
+    idem = Idempotency(store=MemoryStore())
+    with idem._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if idem.services("blocking") is not None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -237,6 +237,49 @@ def test_a_codec_that_fails_does_not_undo_the_effect(world: World) -> None:
     assert world.effects == ["A-1"]
 
 
+def test_a_codec_that_gives_no_bytes_does_not_undo_the_effect(world: World) -> None:
+    """What is no bytes is no outcome; the record is completed without one (F43)."""
+
+    class Forgetful:
+        name = "forgetful"
+
+        def encode(self, value: Any, type: Any, context: Any) -> Any:  # noqa: A002
+            return None
+
+        def decode(self, data: bytes, type: Any, context: Any) -> Any:  # noqa: A002
+            raise AssertionError
+
+        def check(self, type: Any) -> None:  # noqa: A002
+            pass
+
+    world.idem.codec = Forgetful()
+    assert world.charge()("A-1") == "charged 5 for A-1"
+    assert world.state() is State.COMPLETED
+    assert world.count(EventName.OUTCOME_NOT_KEPT) == 1
+
+
+def test_an_outcome_that_the_database_refuses_is_recorded_without_it(world: World) -> None:
+    """A limit of the server's own, such as MariaDB's packet, must not have the effect repeated for ever (F43)."""
+    real = world.record_tier.real
+
+    class Narrow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        async def finish(self, lease: Any, outcome: EncodedOutcome, **options: Any) -> Any:
+            if outcome.body is not None and len(outcome.body) > 1024 * 1024:
+                raise away()
+            return await real.finish(lease, outcome, **options)
+
+    world.record_tier.real = Narrow()
+    task = world.task(lambda order: order[0] * 2_000_000, max_outcome_bytes=4_000_000)
+    assert len(task("A-1")) == 2_000_000
+    assert world.state() is State.COMPLETED
+    assert world.count(EventName.OUTCOME_NOT_KEPT) == 1
+    with pytest.raises(OutcomeError):
+        task("A-1")
+
+
 # In progress.
 
 

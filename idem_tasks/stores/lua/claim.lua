@@ -59,9 +59,10 @@ if state ~= 'running' then
   return answer(state or 'unreadable')
 end
 if record.owner == owner then
-  -- Granted before, and the answer did not arrive.
+  -- Granted before, and the answer did not arrive. Whether it took over is not known any more: rather say so once
+  -- too often.
   change({lease_expires_at = now + lease}, math.max(number('expires_at'), now + waiting))
-  return answer('granted')
+  return answer(number('crashes') > 0 and 'taken_over' or 'granted')
 end
 if is_held() then
   return answer('running')

@@ -2,6 +2,7 @@
 
 # mypy: disable-error-code="untyped-decorator"
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from ledger import Ledger  # type: ignore[import-not-found] # beside this file, for the worker
 from pydantic import BaseModel
 
-from idem_tasks import Event, EventName, configure, current_claim, idempotent_task, log_event
+from idem_tasks import Event, EventName, StoreUnavailableError, configure, current_claim, idempotent_task, log_event
 
 ledger = Ledger(os.environ["SHOP_LEDGER"])
 LATE: Any = {"acks_late": True, "reject_on_worker_lost": True}
@@ -186,6 +187,40 @@ def limited(order: str) -> str:
             ledger.note("soft_limit", order)
             raise
     ledger.note("effect", order)
+    return "done"
+
+
+@app.task(name="shop.patient", soft_time_limit=1, **LATE)
+@idempotent_task(key="{order}", scope="shop.charge", fingerprint=None, on_in_progress="wait", wait_timeout=20)
+def patient(order: str) -> str:
+    """Shares its key with `charge`, and waits for it."""
+    ledger.note("effect", order)
+    return "never while the other one runs"
+
+
+def twice(function: Any) -> Any:
+    """Call again after a ConnectionError, as a wrapper that retries does."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except ConnectionError:
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@app.task(name="shop.insistent", **LATE)
+@twice
+@idempotent_task(key="{order}")
+def insistent(order: str) -> str:
+    ledger.note("started", order)
+    match ledger.count("started", order):
+        case 1:
+            raise ConnectionError
+        case 2:
+            raise StoreUnavailableError("somebody else's store")
     return "done"
 
 

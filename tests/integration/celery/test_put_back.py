@@ -80,6 +80,23 @@ def test_arguments_that_the_handler_changed_are_sent_unchanged(shop: Shop, uniqu
     assert first.get(timeout=SECONDS) == second.get(timeout=SECONDS) == "done"
 
 
+def test_a_soft_limit_while_it_waits_puts_it_back(shop: Shop, unique_name: str) -> None:
+    """Nothing has run: Celery would fail and acknowledge it, and if the holder then died nobody would run it (F31)."""
+    first = shop.send("charge", unique_name, hold=True)
+    shop.ledger.wait("started", unique_name)
+    waiting = shop.send("patient", unique_name)
+    shop.ledger.wait("put_back", unique_name)
+    shop.go(unique_name)
+    assert waiting.get(timeout=SECONDS) == first.get(timeout=SECONDS)
+
+
+def test_a_second_call_within_a_delivery_is_put_back_too(shop: Shop, unique_name: str) -> None:
+    """A wrapper that retries may stand between Celery and the decorator; its last call is the one that settles."""
+    assert shop.send("insistent", unique_name).get(timeout=SECONDS) == "done"
+    assert shop.ledger.count("put_back", unique_name) == 1
+    assert shop.ledger.count("started", unique_name) == 3
+
+
 @pytest.mark.parametrize("visibility_timeout", [2, 60, 3600, 43200])
 def test_no_delay_reaches_a_quarter_of_the_visibility_timeout(visibility_timeout: int) -> None:
     """F64: a copy that is held longer than the visibility timeout would be delivered twice."""
