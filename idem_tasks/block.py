@@ -103,7 +103,7 @@ class ClaimBlock(_Block):
     def __enter__(self) -> Self:
         try:
             run_sync(self._open())
-        except BaseException:
+        except BaseException:  # whatever it was: there is no exit after a failed entry
             self._leave()
             raise
         return self
@@ -127,7 +127,7 @@ class AsyncClaimBlock(_Block):
     async def __aenter__(self) -> Self:
         try:
             await self._open()
-        except BaseException:
+        except BaseException:  # whatever it was: there is no exit after a failed entry
             self._leave()
             raise
         return self

@@ -335,6 +335,7 @@ class _Connection:
         except IdemTasksError:
             raise
         except BaseException:
+            # Struck from outside: a reply may still be to come, which the next command would take for its own.
             if self._runtime == "blocking":
                 _drop_idle_connections(client.redis)
             raise

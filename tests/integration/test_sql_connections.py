@@ -419,3 +419,10 @@ def test_memory_sqlite_serves_threads_and_tasks(driver: Driver) -> None:
     answers = use.claim_together([use.request() for _ in range(20)])
     assert sum(isinstance(answer, Granted) for answer in answers) == 1
     driver(use.store.close())
+
+
+def test_a_password_with_an_at_sign_is_not_taken_for_the_host() -> None:
+    """Unescaped, half of it would be shown as the host in every error."""
+    with pytest.raises(ConfigurationError, match="%40") as caught:
+        SQLStore("postgresql://user:sec@ret@host/shop")
+    assert "ret" not in str(caught.value).replace("write", "")

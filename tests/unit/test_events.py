@@ -115,3 +115,11 @@ def test_a_level_that_is_off_costs_no_text(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.WARNING, logger="idem_tasks"):
         log_event(Event(EventName.GRANTED, "s", "k", {"detail": Loud()}))
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("count, level", [(1, logging.INFO), (9, logging.INFO), (10, logging.WARNING)])
+def test_a_message_that_goes_round_is_a_warning(caplog: pytest.LogCaptureFixture, count: int, level: int) -> None:
+    """Copies are counted and alerted on: one that was put back ten times is for somebody to look at (F64)."""
+    with caplog.at_level(logging.DEBUG, logger="idem_tasks"):
+        log_event(Event(EventName.PUT_BACK, "scope", "key", {"count": count}))
+    assert [record.levelno for record in caplog.records] == [level]
