@@ -66,7 +66,7 @@ class Run:
 
     def free_port(self) -> int:
         """A port that nothing on this machine listens on and that no other process of this run was given."""
-        for port in random.sample(PORTS, k=200):
+        for port in random.SystemRandom().sample(PORTS, k=200):  # two runs may have one seed
             with socket.socket() as probe:
                 try:
                     probe.bind(("127.0.0.1", port))
