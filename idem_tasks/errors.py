@@ -178,3 +178,7 @@ class StoreConfigurationError(ConfigurationError, StoreError):
 
 class StoreUnavailableError(StoreError):
     """Redis or the database cannot be reached now; the message is to be delivered again."""
+
+
+PUT_BACK = (InProgressError, LeaseLostError, StoreError)
+"""Errors after which the message must come again: it is neither failed nor acknowledged as done."""

@@ -10,7 +10,8 @@ import asyncio
 import inspect
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from types import CoroutineType
 from typing import Any, Protocol, TypeVar
 
@@ -21,9 +22,27 @@ T = TypeVar("T")
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
 
 
+def _system_clock() -> float:
+    return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
+
+
+_read_clock: Callable[[], float] = _system_clock
+
+
 def deadline_clock() -> float:
     """Return seconds on a clock that never jumps and, where the system has one, runs on while it is suspended."""
-    return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
+    return _read_clock()
+
+
+@contextmanager
+def deadline_clock_from(read: Callable[[], float]) -> Iterator[None]:
+    """Let `deadline_clock` of this process tell what `read` returns, for tests that move time."""
+    global _read_clock  # noqa: PLW0603 - one clock a process, as the system's is
+    before, _read_clock = _read_clock, read
+    try:
+        yield
+    finally:
+        _read_clock = before
 
 
 async def resolve(reply: Awaitable[T] | T) -> T:

@@ -38,6 +38,7 @@ from idem_tasks.claims import (
     leave,
 )
 from idem_tasks.errors import (
+    PUT_BACK,
     ConfigurationError,
     IdemTasksError,
     InDoubtError,
@@ -63,9 +64,6 @@ _LONGEST_PAUSE = 2.0
 
 _DOUBTFUL_SIZE = 1024 * 1024
 """Bytes of an outcome, the default limit, above which it may be the outcome that a database refuses."""
-
-_PASSING = (InProgressError, LeaseLostError, StoreError)
-"""Errors by which a nested call asks for another delivery: they are no failure of the handler that met them."""
 
 
 async def perform(call: Call, handler: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -314,8 +312,8 @@ async def let_go(call: Call, claim: Claim, error: BaseException) -> Ending:
 
 def is_failure(call: Call, error: BaseException) -> bool:
     """Tell a handler's failure from a shutdown, a framework's control flow, and a nested call that was put off."""
-    if not isinstance(error, Exception) or isinstance(error, _PASSING):
-        return False
+    if not isinstance(error, Exception) or isinstance(error, PUT_BACK):
+        return False  # the latter are of a nested call, which asks for another delivery
     return call.host is None or call.host.is_failure(error)
 
 

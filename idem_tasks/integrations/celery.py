@@ -24,15 +24,12 @@ from celery.local import Proxy
 
 from idem_tasks import hosts
 from idem_tasks.decorator import IdempotentFunction, idempotency_of
-from idem_tasks.errors import ConfigurationError, InProgressError, LeaseLostError, StoreError
+from idem_tasks.errors import PUT_BACK, ConfigurationError
 from idem_tasks.events import EventName
 from idem_tasks.integrations.celery_put_back import delay_of, put_back, times_put_back
 from idem_tasks.runtime import register_interruption
 
 _logger = logging.getLogger("idem_tasks")
-
-PUT_BACK = (InProgressError, LeaseLostError, StoreError)
-"""Errors after which the message must come again: neither failed nor acknowledged as done (F31, F59)."""
 
 _PAUSE_BEFORE_REJECT = 1.0
 """Seconds. A rejected message comes back at once, 6,000 times a second."""
@@ -145,7 +142,7 @@ class CeleryHost:
         if not self._has_message:
             return error
         if not isinstance(error, Retry | Ignore | Reject):
-            if isinstance(error, PUT_BACK):
+            if isinstance(error, PUT_BACK):  # F31, F59
                 return self._put_back(error, announce)
             if _is_interruption(error) and self._task.acks_late:
                 return _rejected("interrupted")

@@ -1,0 +1,64 @@
+"""A marker and a record tier that stop before and after every round trip, for tests that decide what happens there.
+
+The tiers behind are real ones. `reach` is awaited at every step; it may raise what a lost command or a lost reply
+raises, suspend, or let time pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from idem_tasks.events import Announcer
+from idem_tasks.stores.base import Marker, RecordTier, RuntimeName
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A place to stop: `before` a command takes effect, or `after` it did and its reply is on the way."""
+
+    tier: str
+    verb: str
+    when: Literal["before", "after"]
+    answer: Any = None
+
+
+Reach = Callable[[Step], Awaitable[bool]]
+"""Returns whether the command is sent once more, as a client does that saw no reply."""
+
+
+class _Stepped:
+    """A tier whose every verb stops at two steps."""
+
+    def __init__(self, tier: Any, name: str, reach: Reach) -> None:
+        self._tier = tier
+        self._name = name
+        self._reach = reach
+        self.runtimes = tier.runtimes
+
+    def on(self, _runtime: RuntimeName, _announce: Announcer) -> _Stepped:
+        return self
+
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        effect = getattr(self._tier, verb)
+
+        async def stepped(*args: Any, **kwargs: Any) -> Any:
+            await self._reach(Step(self._name, verb, "before"))
+            while True:
+                answer = await effect(*args, **kwargs)
+                if not await self._reach(Step(self._name, verb, "after", answer)):
+                    return answer
+
+        self.__dict__[verb] = stepped
+        return stepped
+
+
+def stepped_marker(marker: Any, reach: Reach) -> Marker:
+    """Return this marker tier, stopping at every round trip."""
+    return cast(Marker, _Stepped(marker, "marker", reach))
+
+
+def stepped_record(record: Any, reach: Reach) -> RecordTier:
+    """Return this record tier, stopping at every round trip."""
+    return cast(RecordTier, _Stepped(record, "record", reach))
