@@ -88,7 +88,7 @@ class Fault:
     kind: str
     at: float
     until: float
-    target: str
+    target: str  # the shop and its part: "redis+mariadb worker 1", "... broker", "... markers", "... database"
     pids: tuple[int, ...]  # of the processes struck
     details: str
 
@@ -123,6 +123,7 @@ class History:
     faults: tuple[Fault, ...]
     kept: tuple[Kept, ...]
     left_in_queues: dict[str, int]  # messages that were not settled at the end, by shop
+    lease: float = 0.0  # seconds, of all claims; without it a run cannot be judged
 
 
 Row: TypeAlias = Published | Started | Effect | Answered | Fault | Kept
