@@ -118,7 +118,7 @@ class Proxy:
                 for way in ways:
                     way.cancel()
                 await asyncio.gather(*ways, return_exceptions=True)
-        except OSError:  # the server is away: the client is hung up on
+        except (OSError, asyncio.CancelledError):  # the server is away, or the run is over: the client is hung up on
             pass
         finally:
             self._clients.discard(to_client)

@@ -1,0 +1,259 @@
+"""Workers, brokers and stores under faults: `python -m tests.chaos.run --seconds 600 --seed 7 --folder /tmp/chaos`.
+
+Exit code 1: a promise was broken. The folder then holds the history, the report and the workers' logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from idem_tasks import Idempotency
+from idem_tasks.outcomes import JsonCodec, OutcomeContext
+from tests.chaos import history, report, verdict
+from tests.chaos.faults import LEASE, Faults, Shop
+from tests.chaos.history import Answered, Effect, Fault, History, Kept, Published, Started
+from tests.chaos.ledger import Ledger
+from tests.chaos.plan import planned
+from tests.chaos.proxy import Proxies
+from tests.chaos.publisher import Publisher
+from tests.chaos.queues import celery_settings, unsettled
+from tests.chaos.servers import Premises, Servers, start_servers
+from tests.chaos.workers import Worker
+from tests.services.run import Run
+
+WORKERS = 2
+"""Trees of processes of each shop."""
+
+RATE = 4.0
+"""Orders a second of each shop."""
+
+SECONDS_TO_SETTLE = 240.0
+SECONDS_WITHOUT_PROGRESS = 30.0
+SECONDS_OF_CALM = 3.0
+"""Before the first fault, so that there is something to strike."""
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.run", description="Break everything, lose nothing.")
+    parser.add_argument("--seconds", type=float, default=600.0, help="how long faults happen (default: 600)")
+    parser.add_argument("--seed", type=int, default=None, help="of faults and orders (default: a random one)")
+    parser.add_argument("--folder", type=Path, default=None, help="for what is left of it (default: a temporary one)")
+    parser.add_argument("--rate", type=float, default=RATE, help=f"orders a second of each shop (default: {RATE:g})")
+    given = parser.parse_args(arguments)
+    seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="idem-tasks-chaos-"))
+    (folder / "workers").mkdir(parents=True, exist_ok=True)
+    say(f"seed {seed}, {given.seconds:g} s of faults, everything is kept in {folder}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped then too
+    told = chaos(given.seconds, seed, given.rate, folder)
+    history.write(told, folder / "history.jsonl")
+    judged = verdict.judge(told)
+    say(report.write(told, judged, folder).read_text())
+    say(f"seed {seed}: {'every promise was kept' if judged.good else 'A PROMISE WAS BROKEN'}; see {folder}")
+    return 0 if judged.good else 1
+
+
+def chaos(seconds: float, seed: int, rate: float, folder: Path) -> History:
+    """Run it all, stop it all, and tell what happened."""
+    with contextlib.ExitStack() as cleaning:
+        run = Run.begin()
+        cleaning.callback(run.end)
+        proxies = Proxies()
+        cleaning.callback(proxies.close)
+        servers = start_servers(run, proxies)
+        ledger = cleaning.enter_context(Ledger(servers.ledger.url))
+        ledger.prepare()
+        prepare_records(servers.premises)
+        shops = [new_shop(run, servers, premises, folder) for premises in servers.premises]
+        for shop in shops:
+            for worker in shop.workers:
+                cleaning.callback(worker.kill)
+                worker.start()
+        for worker in workers_of(shops):
+            worker.wait_until_ready()
+        publishers = [new_publisher(shop.premises, seed=seed, seconds=seconds, rate=rate) for shop in shops]
+        for publisher in publishers:
+            cleaning.callback(publisher.stop)
+        return Show(seed, seconds, shops, publishers, ledger, servers.ledger.url).play()
+
+
+def new_shop(run: Run, servers: Servers, premises: Premises, folder: Path) -> Shop:
+    settings = {
+        "name": premises.name,
+        "ledger": servers.ledger.url,
+        "store": {
+            "database_url": premises.database.url,
+            "redis_url": premises.markers.url,
+            "create_schema": False,
+            "lease": LEASE,
+            "max_crashes": None,
+        },
+        "celery": celery_settings(premises.broker, url=premises.broker.url),
+    }
+    workers = [Worker(run, premises.name, number, settings, folder / "workers") for number in range(WORKERS)]
+    return Shop(premises, workers)
+
+
+def new_publisher(premises: Premises, *, seed: int, seconds: float, rate: float) -> Publisher:
+    settings = celery_settings(premises.broker, url=premises.broker.direct_url)
+    return Publisher(premises.name, settings, seed=seed, seconds=seconds, rate=rate)
+
+
+class Show:
+    """One run, from the first order until everything is settled."""
+
+    def __init__(
+        self,
+        seed: int,
+        seconds: float,
+        shops: Sequence[Shop],
+        publishers: Sequence[Publisher],
+        ledger: Ledger,
+        ledger_url: str,
+    ) -> None:
+        self._seed, self._seconds = seed, seconds
+        self._shops, self._publishers, self._ledger = shops, publishers, ledger
+        self._faults = Faults(shops, ledger_url)
+        self._began = time.time()
+        self._next_line = 0.0
+
+    def play(self) -> History:
+        for publisher in self._publishers:
+            publisher.start()
+        try:
+            self._strike()
+        finally:
+            self._faults.end()
+        for publisher in self._publishers:
+            publisher.end()
+        left = self._settled()
+        ended = time.time()
+        for worker in workers_of(self._shops):
+            worker.kill()
+        return self._history(ended, left)
+
+    def _strike(self) -> None:
+        deadline = self._began + self._seconds
+        at = self._began + SECONDS_OF_CALM
+        for fault in planned(self._seed):
+            at += fault.after
+            while (now := time.time()) < min(at, deadline):
+                self._say_how_it_goes()
+                time.sleep(min(at - now, 0.5) if at > now else 0)
+            if now >= deadline:
+                return
+            self._faults.begin(fault)
+
+    def _settled(self) -> dict[str, int]:
+        """Wait until no message is left; returns how many are left in spite of it."""
+        deadline, progress_at = time.monotonic() + SECONDS_TO_SETTLE, time.monotonic()
+        left, quiet = self._left(), 0
+        while (any(left.values()) or quiet < 2) and time.monotonic() < deadline:
+            self._say_how_it_goes(left)
+            time.sleep(1.0)
+            before, left = left, self._left()
+            quiet = quiet + 1 if not any(left.values()) else 0
+            if left != before or not any(left.values()):
+                progress_at = time.monotonic()
+            elif time.monotonic() - progress_at > SECONDS_WITHOUT_PROGRESS:
+                self._replace_workers([shop for shop in self._shops if left[shop.name]])
+                progress_at = time.monotonic()
+        return left
+
+    def _left(self) -> dict[str, int]:
+        return {shop.name: unsettled(shop.premises.broker) for shop in self._shops}
+
+    def _replace_workers(self, shops: Sequence[Shop]) -> None:
+        """Where nothing moves any more, a worker may have lost sight of its messages: Celery's do now and then."""
+        for worker in workers_of(shops):
+            at = time.time()
+            pids = worker.kill()
+            details = "nothing moved at the end"
+            self._faults.told.append(Fault("worker_killed", at, time.time(), worker.name, tuple(pids), details))
+            worker.start()
+
+    def _history(self, ended: float, left: dict[str, int]) -> History:
+        published = tuple(sorted((row for one in self._publishers for row in one.published), key=lambda row: row.at))
+        return History(
+            seed=self._seed,
+            seconds=self._seconds,
+            began=self._began,
+            ended=ended,
+            published=published,
+            started=self._ledger.rows(Started),
+            effects=self._ledger.rows(Effect),
+            answered=self._ledger.rows(Answered),
+            faults=tuple(sorted(self._faults.told, key=lambda fault: fault.at)),
+            kept=tuple(kept for shop in self._shops for kept in kept_by(shop.premises, published)),
+            left_in_queues=left,
+        )
+
+    def _say_how_it_goes(self, left: dict[str, int] | None = None) -> None:
+        if time.monotonic() < self._next_line:
+            return
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        counts = self._ledger.counts()
+        published = sum(len(publisher.published) for publisher in self._publishers)
+        effects, answered = counts.get("effects", 0), counts.get("answered", 0)
+        line = f"{time.time() - self._began:4.0f} s: {published} messages, {effects} effects, {answered} answers"
+        line += f", {len(self._faults.told)} faults"
+        say(line + (f", to settle: {', '.join(f'{count} at {shop}' for shop, count in left.items())}" if left else ""))
+
+
+def workers_of(shops: Sequence[Shop]) -> list[Worker]:
+    return [worker for shop in shops for worker in shop.workers]
+
+
+def prepare_records(all_premises: Sequence[Premises]) -> None:
+    for premises in all_premises:
+        with direct(premises) as idem:
+            idem.prepare()
+
+
+def kept_by(premises: Premises, published: Sequence[Published]) -> Iterator[Kept]:
+    """The record of every order, whether there is one or not."""
+    with direct(premises) as idem:
+        records = {(record.scope, record.key): record for record in idem.records()}
+    orders = {(row.task, row.order): None for row in published if row.shop == premises.name}
+    for task, order in orders:
+        record = records.get((task, order))
+        if record is None:
+            yield Kept(premises.name, order, task, None, None, 0, 0, 0, 0)
+            continue
+        context = OutcomeContext(task, order, record.fingerprint)
+        outcome = None if record.outcome is None else JsonCodec().decode(record.outcome, str, context)
+        yield Kept(
+            shop=premises.name,
+            order=order,
+            task=task,
+            state=record.state.value,
+            outcome=outcome,
+            attempts=record.attempts,
+            crashes=record.crashes,
+            failures=record.failures,
+            fencing_token=record.fencing_token,
+        )
+
+
+def direct(premises: Premises) -> Idempotency:
+    """The records, not through a proxy."""
+    return Idempotency.from_urls(database_url=premises.database.direct_url, create_schema=False, observers=[])
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
