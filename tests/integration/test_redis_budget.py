@@ -183,7 +183,7 @@ def test_what_waits_for_a_person_is_one_round_trip_and_leaves_a_time_to_live(cos
 
 
 def test_the_server_counts_the_same(redis_url: str, private_redis: Callable[..., Any]) -> None:
-    """By the server's own count a first take is one SET, a duplicate's replay one SET, and nothing else."""
+    """By the server's own count a first take is one SET, a duplicate's replay one SET, and nothing else (F11)."""
     server = private_redis()
     store = RedisStore(server.url)
     run_sync(store.prepare())

@@ -73,7 +73,7 @@ def is_available(store: RedisStore) -> bool:
 
 
 def test_asyncio_calls_fail_at_once_too(private_redis: Start) -> None:
-    """The same on an event loop."""
+    """The same on an event loop (F49)."""
     server = private_redis()
     store = RedisStore(server.url, socket_timeout=0.3).on("asyncio", Announcer(()))
 
@@ -136,7 +136,7 @@ def test_a_lost_marker_grants_nothing_twice(private_redis: Start, loss: str) -> 
 
 
 def test_an_evicted_marker_grants_nothing_twice(private_redis: Start) -> None:
-    """Keys with a time to live are what volatile-* evicts first; the record decides (F8)."""
+    """Keys with a time to live are what volatile-* evicts first; the record decides (F7, F8)."""
     server = private_redis(maxmemory_policy="volatile-ttl")
     marker = RedisStore(server.url)
     store = TieredStore(marker, MemoryStore()).on("blocking", Announcer(()))

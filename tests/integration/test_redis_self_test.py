@@ -51,7 +51,7 @@ class TestMarkerOnOldRedis(MarkerContract):
 
 
 def test_before_7_a_script_takes_the_marker(private_redis: Callable[..., RedisServer]) -> None:
-    """Where SET NX GET is refused, each take is one EVAL, and SET NX GET is tried once per client only."""
+    """Where SET NX GET is refused, each take is one EVAL, and SET NX GET is tried once per client only (F20)."""
     tried: list[Command] = []
 
     def refuse(command: Command) -> Command | bytes:
@@ -70,7 +70,7 @@ def test_before_7_a_script_takes_the_marker(private_redis: Callable[..., RedisSe
 
 
 def test_a_proxy_that_ignores_nx_is_refused(private_redis: Callable[..., RedisServer]) -> None:
-    """Where SET NX sets over what is there, two workers would both be told to run: it is never used."""
+    """Where SET NX sets over what is there, two workers would both be told to run: it is never used (F20)."""
     server = private_redis()
     with proxy(server.port, lambda command: [part for part in command if part != b"NX"]) as url:
         store = RedisStore(url)
@@ -83,7 +83,7 @@ def test_a_proxy_that_ignores_nx_is_refused(private_redis: Callable[..., RedisSe
 
 
 def test_a_proxy_that_ignores_px_is_refused(private_redis: Callable[..., RedisServer]) -> None:
-    """Where SET PX sets no time to live, a crash would leave a marker for ever (F33): it is never used."""
+    """Where SET PX sets no time to live, a crash would leave a marker for ever (F33): it is never used (F20)."""
     server = private_redis()
 
     def without_px(command: Command) -> Command:
@@ -103,7 +103,7 @@ def test_a_proxy_that_ignores_px_is_refused(private_redis: Callable[..., RedisSe
 
 @pytest.mark.parametrize("command", ["EVAL", "PTTL"])
 def test_a_server_without_a_command_is_refused(private_redis: Callable[..., RedisServer], command: str) -> None:
-    """A server that lacks what everything rests on says so at the first call, and what is needed."""
+    """A server that lacks what everything rests on says so at the first call, and what is needed (F20)."""
     lacks = f"-ERR unknown command '{command}'\r\n".encode()
     with proxy(private_redis().port, lambda sent: lacks if sent[0] == command.encode() else sent) as url:
         store = RedisStore(url)

@@ -80,7 +80,7 @@ def claim_in_processes(use: StoreInUse, **policy: object) -> Counter[str]:
 
 
 def test_one_of_a_hundred_claims_is_granted(use: StoreInUse) -> None:
-    """Of 100 claims on one key, from threads and tasks of four processes, exactly one is granted."""
+    """Of 100 claims on one key, from threads and tasks of four processes, exactly one is granted (F11)."""
     answers = claim_in_processes(use)
     assert answers == {"Granted": 1, "InProgress": PROCESSES * THREADS - 1}
     assert use.record().attempts == 1
@@ -98,7 +98,7 @@ def test_one_of_a_hundred_takes_over(use: StoreInUse) -> None:
 
 
 def test_a_hundred_put_in_doubt_once(use: StoreInUse) -> None:
-    """Of 100 claims that find a dead holder under hold, none is granted, and the crash is counted once."""
+    """Of 100 claims that find a dead holder under hold, none is granted, and the crash is counted once (F6)."""
     dead = use.granted(lease=SHORT)
     use.let_expire(dead)
     answers = claim_in_processes(use, on_crash="hold")

@@ -71,7 +71,7 @@ def test_a_claim_of_a_locked_record_is_in_progress_soon(url: str, use: StoreInUs
 
 @pytest.mark.parametrize("url", SERVERS, indirect=True)
 def test_a_claim_of_a_record_not_committed_yet_is_in_progress_soon(url: str, use: StoreInUse) -> None:
-    """A record inserted by a transaction that is still open is in progress."""
+    """A record inserted by a transaction that is still open is in progress (F46)."""
     use.finish(use.granted("other"))
     table = records_table()
     with transaction(url) as other:
@@ -111,7 +111,7 @@ def test_a_finish_of_a_locked_record_asks_to_be_tried_again(url: str, use: Store
 
 @pytest.mark.parametrize("url", SERVERS, indirect=True)
 def test_a_purge_passes_locked_records_by(url: str, use: StoreInUse) -> None:
-    """A purge neither waits for a locked record nor deletes it."""
+    """A purge neither waits for a locked record nor deletes it (F46, F47)."""
     for key in "abc":
         use.finish(use.granted(key, lease=0.1, max_hold=0.1, retention=0.1))
     use.driver.pause(0.4)
@@ -189,7 +189,7 @@ def busy(sqlite_url: str, request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 
 
 def test_a_busy_sqlite_is_in_progress_and_no_lost_claim(sqlite_url: str, busy: StoreInUse) -> None:
-    """While somebody else writes, a claim is in progress, a replay is served, and a renewal extends nothing."""
+    """While somebody else writes, a claim is in progress, a replay is served, and a renewal extends nothing (F46)."""
     lease = busy.granted("held")
     busy.finish(busy.granted("finished"))
     other = sqlite3.connect(make_url(sqlite_url).database or "", isolation_level=None)

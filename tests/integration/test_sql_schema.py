@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import Connection, NullPool, create_engine, text
+from sqlalchemy import Connection, NullPool, create_engine, literal, literal_column, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.sql.elements import ColumnElement
 
 from idem_tasks.claims import ClaimAnswer, ClaimRequest, Granted, new_owner
 from idem_tasks.errors import ConfigurationError
@@ -77,6 +80,22 @@ def test_scope_and_key_compare_as_bytes_on_postgres(postgres_url: str) -> None:
         "key": "C",
         "owner": "C",
     }
+
+
+@pytest.mark.parametrize("fixture", ["sqlite_url", "postgres_url", "mariadb_url"])
+def test_no_second_record_of_a_key(request: pytest.FixtureRequest, fixture: str) -> None:
+    """The server itself refuses one of another state, time, owner or generation (F13)."""
+    url = request.getfixturevalue(fixture)
+    store = SQLStore(url, create_schema=True)
+    run_sync(store.claim(ClaimRequest("scope", "key", None, new_owner(), Policy())))
+    run_sync(store.close())
+    table = records_table()
+    changed: dict[str, ColumnElement[Any]] = {"state": literal("released"), "owner": literal("another")}
+    changed |= {"generation": table.c.generation + 1, "created_at": literal_column("'2030-01-01 00:00:00'")}
+    columns = [changed.get(column.name, column) for column in table.c]
+    insert = table.insert().from_select(list(table.c.keys()), select(*columns))
+    with connected(url) as connection, pytest.raises(IntegrityError):
+        connection.execute(insert)
 
 
 PREPARE = """

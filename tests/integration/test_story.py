@@ -17,7 +17,7 @@ from idem_tasks.errors import InDoubtError, InProgressError, LeaseLostError, Sto
 from idem_tasks.events import Announcer, Event, EventName
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import run_sync
-from idem_tasks.stores.base import RuntimeName
+from idem_tasks.stores.base import MarkerRunning, RuntimeName
 from idem_tasks.testing import Driver
 from tests.unit.scripted import Scripted
 
@@ -129,7 +129,7 @@ def asyncio_world(urls: tuple[str, str | None]) -> Iterator[RealWorld]:
 
 
 def test_a_redelivered_message_replays(world: RealWorld) -> None:
-    """Once, from the tier that answers first and from the other."""
+    """Once, from the tier that answers first and from the other (F7)."""
     charge = world.charge()
     assert [charge("A-1"), charge("A-1")] == ["charged A-1"] * 2
     if world.marker is not None:
@@ -215,6 +215,44 @@ def test_a_handler_that_was_overtaken_gives_way(world: RealWorld, finishes: bool
         with pytest.raises(LeaseLostError):
             task("A-1")
     assert world.state() is (State.COMPLETED if finishes else State.RUNNING)
+
+
+def test_a_hung_handler_loses_its_key_after_max_hold(world: RealWorld) -> None:
+    """It, or the loop it blocks, does not keep its key for ever, and its late outcome is not recorded (F2)."""
+
+    def handler(order: str) -> str:
+        lease = world.take_over()
+        assert current_claim().lost
+        world.finish_elsewhere(lease)
+        return "mine"
+
+    assert world.task(handler, lease=SHORT, max_hold=2 * SHORT)("A-1") == "the other one"
+
+
+def test_nothing_is_answered_before_it_is_committed(world: RealWorld) -> None:
+    """Up to the commit of the outcome every tier says that the key is in progress (F25)."""
+    seen: list[Any] = []
+
+    async def look() -> None:
+        request = ClaimRequest(SCOPE, "A-1", None, new_owner(), Policy())
+        for tier, verb in ((world.marker, "take"), (world.record, "claim")):
+            if tier is not None:
+                seen.append(type(await getattr(tier.real, verb)(request)))
+
+    world.record.before("finish", look)
+    assert world.charge()("A-1") == "charged A-1"
+    assert seen == ([InProgress] if world.marker is None else [MarkerRunning, InProgress])
+
+
+def test_no_process_remembers_what_others_forgot(world: RealWorld) -> None:
+    """A record that was forgotten elsewhere is not answered from anything that this process kept of it (F25)."""
+    charge = world.charge()
+    assert [charge("A-1"), charge("A-1")] == ["charged A-1"] * 2
+    assert run_sync(world.elsewhere.forget(SCOPE, "A-1"))
+    if world.marker is not None:
+        world.driver(world.marker.real.drop([(SCOPE, "A-1")]))
+    assert charge("A-1") == "charged A-1"
+    assert world.effects == ["A-1"] * 2
 
 
 def test_an_outcome_that_sql_refused_is_written_through(world: RealWorld) -> None:

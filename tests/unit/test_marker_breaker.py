@@ -28,7 +28,7 @@ def test_calls_pass_until_one_fails(breaker: CircuitBreaker) -> None:
 
 
 def test_one_try_per_pause(breaker: CircuitBreaker, clock: ManualClock) -> None:
-    """After a failure nobody calls for 1 s; then one does, and the others go on waiting."""
+    """After a failure nobody calls for 1 s; then one does, and the others go on waiting (F49)."""
     breaker.failed(OUTAGE)
     assert breaker.wait() == pytest.approx(1.0)
     assert breaker.reason is OUTAGE
@@ -53,7 +53,7 @@ def test_the_pause_doubles_up_to_half_a_minute(breaker: CircuitBreaker, clock: M
 
 
 def test_calls_that_fail_together_count_once(breaker: CircuitBreaker) -> None:
-    """A hundred calls that were under way when the server went are one outage."""
+    """A hundred calls that were under way when the server went are one outage (F49)."""
     for _ in range(100):
         breaker.failed(OUTAGE)
     assert breaker.wait() == pytest.approx(1.0)

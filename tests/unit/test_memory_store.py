@@ -95,7 +95,7 @@ def test_a_lease_is_over_at_its_end(store: MemoryStore, clock: ManualClock) -> N
 
 
 def test_an_outcome_answers_to_the_end_of_its_retention(store: MemoryStore, clock: ManualClock) -> None:
-    """Kept for `max_hold` and `retention` from the claim, and granted afresh from then on."""
+    """Kept for `max_hold` and `retention` from the claim, and granted afresh from then on (F16)."""
     finished(store)
     clock.advance(19.0)
     answer = run_sync(store.claim(request()))

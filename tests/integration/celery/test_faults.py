@@ -16,7 +16,7 @@ SECONDS = 30.0
 
 
 def test_a_killed_worker_loses_nothing(own_shop: Callable[..., Shop], unique_name: str) -> None:
-    """SIGKILL to the whole tree: RabbitMQ delivers again at once, Redis after the visibility timeout."""
+    """SIGKILL to the whole tree: RabbitMQ delivers again at once, Redis after the visibility timeout (F33)."""
     shop = own_shop(transport={"visibility_timeout": 3})
     worker = shop.start()
     result = shop.send("charge", unique_name, hold=True)
@@ -32,7 +32,7 @@ def test_a_killed_worker_loses_nothing(own_shop: Callable[..., Shop], unique_nam
 
 @pytest.mark.parametrize("broker", ["redis"])
 def test_a_task_longer_than_the_visibility_timeout_runs_once(own_shop: Callable[..., Shop], unique_name: str) -> None:
-    """F24: Redis delivers a second copy while the first runs; it is put back, not run, and copies do not multiply."""
+    """F24, F64: Redis delivers a second copy while the first runs; put back, not run, it does not multiply."""
     shop = own_shop(transport={"visibility_timeout": 2})
     shop.start("threads", 2)
     result = shop.send("charge", unique_name, hold=True)
@@ -50,7 +50,7 @@ def test_a_task_longer_than_the_visibility_timeout_runs_once(own_shop: Callable[
 def test_a_paused_worker_whose_lease_was_taken_puts_its_message_back(
     own_shop: Callable[..., Shop], unique_name: str
 ) -> None:
-    """F59: taken over while it was paused, it ends while the taker runs: both get the taker's outcome."""
+    """F1, F59: taken over while it was paused, it ends while the taker runs: both get the taker's outcome."""
     shop = own_shop(worker_prefetch_multiplier=1)
     paused = shop.start("threads", 1)  # so that the second message waits for the other worker
     first = shop.send("charge", unique_name, hold=True)
@@ -75,7 +75,7 @@ def postgres(private_postgres: Callable[..., PostgresServer]) -> PostgresServer:
 def test_a_message_waits_for_its_database(
     own_shop: Callable[..., Shop], unique_name: str, postgres: PostgresServer
 ) -> None:
-    """The database is away as the message comes, and as another's handler ends: both are put back, each runs once."""
+    """F45, F57, F59: it is away as a message comes, and as a handler ends: both are put back, each runs once."""
     url = make_url(postgres.url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
     shop = own_shop(store={"database_url": url, "create_schema": True})
     shop.start("threads", 4)
@@ -89,7 +89,7 @@ def test_a_message_waits_for_its_database(
     assert row.details["reason"] == "StoreUnavailableError"
     [row] = shop.ledger.wait("put_back", before)[:1]
     assert row.details["reason"] == "StoreUnavailableError"
-    assert running.state != states.SUCCESS, "an outcome that only the marker has is not acknowledged (F57)"
+    assert running.state != states.SUCCESS, "an outcome that only the marker has is not acknowledged"
     postgres.start()
     assert running.get(timeout=SECONDS) == f"charged {before} 1"
     assert waiting.get(timeout=SECONDS) == f"charged {during} 1"

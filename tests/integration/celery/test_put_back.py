@@ -53,7 +53,7 @@ def copies_of(shop: Shop, order: str, task_id: str) -> list[dict[str, Any]]:
 
 
 def test_duplicates_do_not_spin(shop: Shop, unique_name: str) -> None:
-    """Five duplicates, held up for three leases: a few deliveries each, not hundreds; then all have the outcome."""
+    """Five duplicates, held up for three leases: a few deliveries each, not hundreds; then all have it (F64)."""
     first = shop.send("charge", unique_name, hold=True)
     shop.ledger.wait("started", unique_name)
     duplicates = group(shop.task("charge", unique_name) for _ in range(5)).apply_async()
@@ -108,7 +108,7 @@ def test_no_delay_reaches_a_quarter_of_the_visibility_timeout(visibility_timeout
 
 
 def test_the_delay_is_the_rest_of_the_lease_and_grows() -> None:
-    """Somebody else's lease is waited out; an outage is asked after less and less often."""
+    """Somebody else's lease is waited out; an outage is asked after less and less often (F40, F64)."""
     app = Celery("unused", set_as_current=False)
     assert 40 <= delay_of(app, 40, 0) <= 48
     assert 0.5 <= delay_of(app, 0, 0) <= 0.6

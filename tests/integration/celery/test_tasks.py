@@ -47,7 +47,7 @@ def test_a_retry_that_meets_its_own_claim_is_put_back(shop: Shop, unique_name: s
 
 
 def test_autoretry_retries_and_records_no_failure(shop: Shop, unique_name: str) -> None:
-    """F32: the claim is released before the exception leaves, so each retry runs the handler."""
+    """F32, F37: the claim is released before the exception leaves, so each retry runs the handler."""
     assert shop.send("autoretry", unique_name).get(timeout=SECONDS) == 2
     assert shop.send("autoretry", unique_name).get(timeout=SECONDS) == 2
     assert shop.ledger.count("started", unique_name) == 3
@@ -74,7 +74,7 @@ def test_reject_with_requeue_comes_back(shop: Shop, unique_name: str) -> None:
 
 
 def test_an_early_acknowledged_task_is_put_back_too(shop: Shop, unique_name: str) -> None:
-    """Without acks_late a duplicate in progress waits for its outcome just the same."""
+    """Without acks_late a duplicate in progress waits for its outcome just the same (F31)."""
     first = shop.send("early", unique_name, hold=True)
     shop.ledger.wait("started", unique_name)
     second = shop.send("early", unique_name)
@@ -103,7 +103,7 @@ def test_a_hard_limit_does_not_hold_up_the_key(shop: Shop, unique_name: str) -> 
 
 
 def test_a_killed_child_loses_nothing(shop: Shop, unique_name: str) -> None:
-    """SIGKILL in mid-run: the message comes back, waits for the dead holder's lease, and is taken over."""
+    """SIGKILL in mid-run: the message comes back, waits for the dead holder's lease, and is taken over (F15, F33)."""
     result = shop.send("dies", unique_name)
     assert result.get(timeout=SECONDS) == 2
     assert shop.ledger.count("taken_over", unique_name) == 1
