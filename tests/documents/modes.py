@@ -39,7 +39,7 @@ STEPS = Feature("`current_claim().step()`, outcomes of a handler's parts", lambd
 ASKING = Feature('functions as `on_crash`, which ask "did it happen?"', _takes_functions_on_crash)
 BATCHES = Feature("batches: many messages in one call", lambda: hasattr(Idempotency, "run_batch"))
 DOCTOR = Feature(
-    "`idem-tasks doctor`, which compares these settings with the servers' own",
+    "a `doctor` command, which compares these settings with the servers' own",
     lambda: "doctor" in {command.name for command in application.registered_commands},
 )
 CONSUMERS = Feature(

@@ -21,8 +21,8 @@ from idem_tasks.events import Announcer
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import run_sync
 from idem_tasks.stores.base import MarkerTaken
-from idem_tasks.stores.memory import MemoryStore
 from idem_tasks.stores.redis import RedisStore
+from idem_tasks.stores.sql import SQLStore
 from idem_tasks.stores.tiered import TieredStore
 from tests.services.redis_server import RedisSentinel, RedisServer
 from tests.services.waiting import wait_until
@@ -117,11 +117,15 @@ def test_a_store_made_before_its_server_connects_when_it_is_there(private_redis:
 # What a lost marker may not change
 
 
+def in_front_of(database_url: str, redis_url: str) -> TieredStore:
+    return TieredStore(RedisStore(redis_url), SQLStore(database_url, create_schema=True))
+
+
 @pytest.mark.parametrize("loss", ["flush", "restart"])
-def test_a_lost_marker_grants_nothing_twice(private_redis: Start, loss: str) -> None:
+def test_a_lost_marker_grants_nothing_twice(private_redis: Start, postgres_url: str, loss: str) -> None:
     """Redis is flushed or comes back empty in mid-run: the record refuses the second claim (F7, F8)."""
     server = private_redis()
-    store = TieredStore(RedisStore(server.url), MemoryStore()).on("blocking", Announcer(()))
+    store = in_front_of(postgres_url, server.url).on("blocking", Announcer(()))
     granted = run_sync(store.claim(request()))
     assert isinstance(granted, Granted)
     if loss == "flush":
@@ -135,11 +139,10 @@ def test_a_lost_marker_grants_nothing_twice(private_redis: Start, loss: str) -> 
     run_sync(store.close())
 
 
-def test_an_evicted_marker_grants_nothing_twice(private_redis: Start) -> None:
+def test_an_evicted_marker_grants_nothing_twice(private_redis: Start, postgres_url: str) -> None:
     """Keys with a time to live are what volatile-* evicts first; the record decides (F7, F8)."""
     server = private_redis(maxmemory_policy="volatile-ttl")
-    marker = RedisStore(server.url)
-    store = TieredStore(marker, MemoryStore()).on("blocking", Announcer(()))
+    store = in_front_of(postgres_url, server.url).on("blocking", Announcer(()))
     assert isinstance(run_sync(store.claim(request())), Granted)
     with server.client() as client:
         client.config_set("maxmemory", "100kb")
@@ -155,10 +158,10 @@ def evicts(client: Redis) -> bool:
     return not client.keys("idem:m:*")
 
 
-def test_a_marker_that_outlives_its_lease_by_a_clock_is_no_danger(private_redis: Start) -> None:
+def test_a_marker_that_outlives_its_lease_by_a_clock_is_no_danger(private_redis: Start, postgres_url: str) -> None:
     """Redis' own idea of time only moves the shield: too early the record refuses, too late a caller waits (F9)."""
     server = private_redis()
-    store = TieredStore(RedisStore(server.url), MemoryStore()).on("blocking", Announcer(()))
+    store = in_front_of(postgres_url, server.url).on("blocking", Announcer(()))
     granted = run_sync(store.claim(request()))
     assert isinstance(granted, Granted)
     with server.client() as client:
@@ -195,13 +198,13 @@ def test_a_holder_that_comes_late_touches_nobody_elses_marker(redis_url: str) ->
 
 @pytest.mark.parametrize("runtime", ["blocking", "asyncio"])
 def test_a_failover_that_loses_a_marker_grants_nothing_twice(
-    private_redis_sentinel: RedisSentinel, runtime: str
+    private_redis_sentinel: RedisSentinel, postgres_url: str, runtime: str
 ) -> None:
     """The primary dies before its replica has the marker; claims go on with the new primary, by the record (F7)."""
     servers = private_redis_sentinel
 
     async def main() -> None:
-        store: Any = TieredStore(RedisStore(sentinel_url(servers)), MemoryStore())
+        store: Any = in_front_of(postgres_url, sentinel_url(servers))
         store = store.on(runtime, Announcer(()))
         await store.claim(request("before"))
         servers.replica.pause()

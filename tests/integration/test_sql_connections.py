@@ -349,6 +349,17 @@ def test_a_read_only_postgres_names_the_primary(postgres_url: str, driver: Drive
     driver(use.store.close())
 
 
+def test_a_read_only_mariadb_names_the_primary(mariadb_url: str) -> None:
+    """The same on MariaDB (F12)."""
+    with Driver("blocking") as driver:
+        driver(opened(mariadb_url, driver).store.close())
+        url = make_url(mariadb_url).update_query_dict({"init_command": "SET SESSION TRANSACTION READ ONLY"})
+        use = StoreInUse(SQLStore(url.render_as_string()), driver)
+        with pytest.raises(StoreError, match="primary"):
+            use.claim()
+        driver(use.store.close())
+
+
 def test_a_user_without_rights_is_told(postgres_url: str) -> None:
     """A user that may not write names the rights that are missing."""
     with Driver("blocking") as driver:

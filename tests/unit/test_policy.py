@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any, get_type_hints
 
 import pytest
+from kombu.transport.redis import Channel as RedisChannel
 
 from idem_tasks.errors import ConfigurationError
 from idem_tasks.policy import FIELD_NAMES, Policy, PolicyFields
@@ -42,6 +43,12 @@ def test_defaults() -> None:
         "shadow": False,
         "enabled": True,
     }
+
+
+def test_the_default_retention_outlasts_every_redelivery() -> None:
+    """A week is far more than the hours after which Celery's brokers deliver again by default (F16)."""
+    slowest = max(RedisChannel.visibility_timeout, 12 * 3600)  # the second: the most that SQS allows
+    assert Policy().retention > 10 * slowest
 
 
 @pytest.mark.parametrize("name", ["lease", "max_hold", "retention", "cache_ttl", "wait_timeout"])

@@ -2,12 +2,14 @@
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from celery import Celery, group
 
 from idem_tasks.integrations.celery_put_back import delay_of
+from tests.integration.celery.limited_queue import limited_queue
 from tests.integration.celery.workers import LEASE, Shop
 
 SECONDS = 20.0
@@ -67,6 +69,20 @@ def test_duplicates_do_not_spin(shop: Shop, unique_name: str) -> None:
     took = put_back[-1].at - put_back[0].at
     assert len(put_back) < 5 * (2 + took / (LEASE / 2))
     assert all(row.details["delay"] <= 10 for row in put_back)
+
+
+@pytest.mark.parametrize("broker", ["rabbitmq"])
+def test_putting_back_uses_up_no_delivery(own_shop: Callable[..., Shop], unique_name: str) -> None:
+    """F40: a quorum queue drops what is delivered more than twice; a duplicate may be put back more often."""
+    shop = own_shop()
+    shop.client.conf.task_queues = [limited_queue(shop.name, deliveries=2)]
+    shop.start("threads", 2, SHOP_DELIVERY_LIMIT="2")
+    first = shop.send("charge", unique_name, hold=True)
+    shop.ledger.wait("started", unique_name)
+    duplicate = shop.send("charge", unique_name)
+    shop.ledger.wait("put_back", unique_name, count=5)
+    shop.go(unique_name)
+    assert duplicate.get(timeout=SECONDS) == first.get(timeout=SECONDS) == f"charged {unique_name} 1"
 
 
 def test_arguments_that_the_handler_changed_are_sent_unchanged(shop: Shop, unique_name: str) -> None:

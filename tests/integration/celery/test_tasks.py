@@ -110,6 +110,14 @@ def test_a_killed_child_loses_nothing(shop: Shop, unique_name: str) -> None:
     assert shop.ledger.count("effect", unique_name) == 2, "rerun: at least once when a worker dies in mid-run"
 
 
+def test_a_killed_child_leaves_a_doubt_under_hold(shop: Shop, unique_name: str) -> None:
+    """SIGKILL after the effect and before its record: the message comes back, and nobody runs it again (F15)."""
+    failed = shop.send("dies_in_doubt", unique_name).get(timeout=SECONDS, propagate=False)
+    assert "InDoubtError" in repr(failed)
+    assert shop.ledger.count("effect", unique_name) == 1
+    assert record_state(shop, "shop.dies_in_doubt", unique_name) is State.IN_DOUBT
+
+
 def test_a_message_that_kills_its_worker_is_parked(shop: Shop, unique_name: str) -> None:
     """F42: crashes are counted when the key is taken over, so that a poisoned message ends, and is seen."""
     failed = shop.send("kills", unique_name).get(timeout=SECONDS, propagate=False)
