@@ -1,0 +1,653 @@
+"""The judge of a run of chaos: each class, each broken rule, and laws that hold for any run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, strategies as st
+
+from tests.chaos.history import History
+from tests.chaos.made import BEGAN, LEASE, OTHER_SHOP, SHOP, Made, Order
+from tests.chaos.verdict import CLASSES, Judged, Verdict, judge
+
+
+def only(verdict: Verdict) -> Judged:
+    [judged] = verdict.orders
+    return judged
+
+
+def order_of(task: str = "charge") -> Order:
+    order = Order(Made(), task=task)
+    order.publish()
+    return order
+
+
+def verdict_of(order: Order) -> Verdict:
+    return judge(order.made.history())
+
+
+# Classes
+
+
+def test_once() -> None:
+    """An order with duplicates, run once and answered alike, is good and of the class `once`."""
+    order = order_of()
+    order.publish(0.5, "m2")
+    order.answer(0.2, None, message="m2", error="Ignore")
+    order.complete(0.1)
+    order.answer(0.9, order.outcome(1), message="m2")
+    verdict = verdict_of(order)
+    assert verdict.good
+    assert only(verdict).worst == "once"
+    assert only(verdict).outcome == order.outcome(1)
+    totals = verdict.totals()
+    assert (totals["orders"], totals["messages published"], totals["deliveries"]) == (1, 2, 3)
+    assert (totals["deliveries put back"], totals["effects"], totals["outcomes"]) == (1, 1, 1)
+
+
+def test_recovered() -> None:
+    """An order whose process was killed before its effect, and that another took over, is recovered."""
+    order = order_of()
+    order.killed(1.0, effect=False)
+    verdict = verdict_of(order)
+    assert verdict.good, verdict.problems
+    assert only(verdict).classes == ("recovered",)
+    assert (verdict.totals()["takeovers"], verdict.totals()["explained repeats"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "tell,kind",
+    [
+        (lambda order: order.killed(1.0), "child_killed"),
+        (lambda order: order.killed(1.0, "worker_killed"), "worker_killed"),
+        (lambda order: order.paused(1.0), "worker_paused"),
+        (lambda order: order.paused(1.0, effect_before=False), "worker_paused"),
+        (lambda order: order.cut_off(1.0), "sql_restarted and markers_flushed"),
+        (lambda order: order.unrenewed(1.0), "black_hole"),
+    ],
+    ids=["child killed", "worker killed", "paused after", "paused before", "cut off", "not renewed"],
+)
+def test_explained_repeat(tell: Callable[[Order], None], kind: str) -> None:
+    """A charge repeated in a documented window is good, and kept with its faults; without any one of them it is not."""
+    order = order_of()
+    tell(order)
+    history = order.made.history()
+    verdict = judge(history)
+    assert verdict.good, verdict.problems
+    assert only(verdict).worst == "recovered"
+    [repeat] = verdict.explained
+    assert repeat.kind == kind
+    assert repeat.faults == history.faults
+    assert verdict.totals()[f"explained repeats: {kind}"] == 1
+    for fault in history.faults:
+        rest = tuple(other for other in history.faults if other is not fault)
+        assert only(judge(replace(history, faults=rest))).worst == "duplicated"
+
+
+def test_in_doubt() -> None:
+    """A payment in doubt is good, and somebody has to look."""
+    order = order_of("pay")
+    order.in_doubt(1.0)
+    verdict = verdict_of(order)
+    assert verdict.good, verdict.problems
+    assert only(verdict).classes == ("in doubt",)
+    assert verdict.totals()["in doubt"] == 1
+
+
+def test_parked() -> None:
+    """A parked charge is good, and somebody has to look."""
+    order = order_of()
+    order.answer(9.0, None, error="ParkedError")
+    order.keep("parked", 1)
+    verdict = verdict_of(order)
+    assert verdict.good, verdict.problems
+    assert only(verdict).classes == ("parked",)
+
+
+def test_paused_payment() -> None:
+    """A payment that was put in doubt, and whose process woke up and finished, is completed and good."""
+    order = order_of("pay")
+    run = order.start(1.0)
+    order.made.fault("worker_paused", 1.1, 4.0, part="worker 0", pids=(run.pid,))
+    order.publish(2.0, "m2")
+    order.answer(3.2, None, message="m2", error="InDoubtError")
+    order.effect(run, 4.1)
+    order.answer(4.2, order.outcome(1), pid=run.pid)
+    order.keep()
+    verdict = verdict_of(order)
+    assert verdict.good, verdict.problems
+    assert only(verdict).worst == "once"
+
+
+def test_paused_before_it_began() -> None:
+    """A charge paused between its claim and its handler begins after the one that took over, and is explained."""
+    order = order_of()
+    order.complete(3.0, taken_over=True)
+    order.made.started[0] = replace(order.made.started[0], fencing_token=2)
+    order.made.effects[0] = replace(order.made.effects[0], fencing_token=2)
+    order.made.kept[0] = replace(order.made.kept[0], outcome=order.outcome(2), fencing_token=2)
+    order.made.answered[0] = replace(order.made.answered[0], outcome=order.outcome(2))
+    late = order.start(3.6, token=1)
+    order.effect(late, 3.7)
+    order.answer(3.8, order.outcome(2), pid=late.pid)
+    order.made.fault("worker_paused", 0.5, 3.55, part="worker 0", pids=(late.pid,))
+    assert verdict_of(order).good, verdict_of(order).problems
+    order.made.faults.clear()
+    assert {kind for kind, _ in only(verdict_of(order)).problems} == {"duplicated", "unexpected"}
+
+
+def test_same_number_elsewhere() -> None:
+    """The same order number in another shop, or for another task, is another order."""
+    made = Made()
+    for task, shop in (("charge", SHOP), ("pay", SHOP), ("charge", OTHER_SHOP)):
+        order = Order(made, "1", task, shop)
+        order.publish()
+        order.complete(1.0)
+    verdict = judge(made.history())
+    assert verdict.good
+    assert verdict.totals()["orders"] == 3
+    assert verdict.totals(OTHER_SHOP)["orders"] == 1
+    assert verdict.shops == (SHOP, OTHER_SHOP)
+
+
+def test_nothing() -> None:
+    """A run in which nothing happened is good."""
+    assert judge(Made().history()).good
+
+
+def test_lease_is_asked_for() -> None:
+    """A history that does not say how long a lease was is not judged."""
+    with pytest.raises(ValueError, match="lease"):
+        judge(Made().history(lease=0.0))
+
+
+# Broken rules
+
+
+def no_record(order: Order) -> None:
+    order.complete(1.0)
+    order.made.kept.clear()
+
+
+def no_state(order: Order) -> None:
+    order.complete(1.0)
+    order.made.kept.clear()
+    order.keep(None)
+
+
+def still_running(order: Order) -> None:
+    order.start(1.0)
+    order.answer(2.0, None, error="InDoubtError")
+    order.keep("running")
+
+
+def released(order: Order) -> None:
+    order.answer(2.0, None, error="InDoubtError")
+    order.keep("released", 1)
+
+
+def message_never_delivered(order: Order) -> None:
+    order.complete(1.0)
+    order.publish(1.0, "m2")
+
+
+def message_put_back_for_ever(order: Order) -> None:
+    order.complete(1.0)
+    order.publish(1.0, "m2")
+    order.answer(1.1, None, message="m2", error="Ignore")
+
+
+def second_run_without_fault(order: Order) -> None:
+    order.killed(1.0)
+    order.made.faults.clear()
+
+
+def other_process_killed(order: Order) -> None:
+    order.killed(1.0)
+    order.made.faults[0] = replace(order.made.faults[0], pids=(99,))
+
+
+def killed_before_it_began(order: Order) -> None:
+    order.killed(1.0)
+    order.made.faults[0] = replace(order.made.faults[0], at=BEGAN + 0.1, until=BEGAN + 0.1)
+
+
+def killed_after_the_repeat(order: Order) -> None:
+    order.killed(1.0)
+    order.made.faults[0] = replace(order.made.faults[0], at=BEGAN + 9.0, until=BEGAN + 9.0)
+
+
+def killed_after_it_answered(order: Order) -> None:
+    order.killed(1.0)
+    order.answer(1.25, None, pid=order.made.started[0].pid, error="Ignore")
+
+
+def claim_was_not_taken_over(order: Order) -> None:
+    order.killed(1.0)
+    order.made.started[1] = replace(order.made.started[1], taken_over=False)
+
+
+def paused_too_short(order: Order) -> None:
+    order.paused(1.0)
+    fault = order.made.faults[0]
+    order.made.faults[0] = replace(fault, until=fault.at + LEASE / 2 - 0.1)
+
+
+def paused_long_before(order: Order) -> None:
+    order.paused(9.0)
+    fault = order.made.faults[0]
+    order.made.faults[0] = replace(fault, at=fault.at - 7, until=fault.until - 7)
+
+
+def paused_after_it_answered(order: Order) -> None:
+    order.paused(1.0)
+    order.answer(1.07, None, pid=order.made.started[0].pid, error="Ignore")
+
+
+def paused_long_ago_and_awake(order: Order) -> None:
+    order.complete(1.0)
+    order.made.kept.clear()
+    order.made.answered.clear()
+    order.made.fault("worker_paused", 1.1, 4.0, part="worker 0", pids=(order.made.started[0].pid,))
+    order.complete(8.0, taken_over=True)
+
+
+def sql_away_and_marker_there(order: Order) -> None:
+    order.cut_off(1.0)
+    del order.made.faults[1]
+
+
+def marker_lost_before_it_was_kept(order: Order) -> None:
+    order.cut_off(1.0)
+    flushed = order.made.faults[1]
+    order.made.faults[1] = replace(flushed, at=BEGAN + 1.3, until=BEGAN + 1.3)
+
+
+def marker_lost_after_the_repeat(order: Order) -> None:
+    order.cut_off(1.0)
+    order.made.faults[1] = replace(order.made.faults[1], at=BEGAN + 9.0, until=BEGAN + 9.0)
+
+
+def marker_lost_and_sql_back_soon(order: Order) -> None:
+    order.cut_off(1.0)
+    order.made.faults[0] = replace(order.made.faults[0], until=BEGAN + 1.1 + LEASE / 2 - 0.1)
+
+
+def sql_cut_for_a_moment(order: Order) -> None:
+    order.cut_off(1.0)
+    fault = order.made.faults[0]
+    order.made.faults[0] = replace(fault, kind="connections_cut", until=fault.at)
+
+
+def sql_of_the_other_shop(order: Order) -> None:
+    order.cut_off(1.0)
+    order.made.faults[0] = replace(order.made.faults[0], target=f"{OTHER_SHOP} sql")
+
+
+def markers_of_the_other_shop(order: Order) -> None:
+    order.cut_off(1.0)
+    order.made.faults[1] = replace(order.made.faults[1], target=f"{OTHER_SHOP} markers")
+
+
+def broker_away(order: Order) -> None:
+    order.unrenewed(1.0)
+    order.made.faults[0] = replace(order.made.faults[0], target=f"{SHOP} broker")
+
+
+def sql_back_long_ago(order: Order) -> None:
+    order.cut_off(1.0)
+    made = order.made
+    made.started[-1] = replace(made.started[-1], at=made.started[-1].at + 40.0)
+    made.effects[-1] = replace(made.effects[-1], at=made.effects[-1].at + 40.0)
+    made.answered[-1] = replace(made.answered[-1], at=made.answered[-1].at + 40.0)
+
+
+def effect_twice_in_one_run(order: Order) -> None:
+    run = order.complete(1.0)
+    order.effect(run, 1.3)
+    order.made.fault("child_killed", 1.5, part="worker 0", pids=(run.pid,))
+
+
+def never_published(order: Order) -> None:
+    order.complete(1.0)
+    order.made.published.clear()
+
+
+def record_of_nothing(order: Order) -> None:
+    order.made.published.clear()
+    order.keep("in_doubt" if order.key["task"] == "pay" else "parked", 1)
+
+
+def unknown_message(order: Order) -> None:
+    order.complete(1.0)
+    order.answer(1.9, order.outcome(1), message="m9")
+
+
+def two_records(order: Order) -> None:
+    order.complete(1.0)
+    order.keep()
+
+
+def completed_without_outcome(order: Order) -> None:
+    order.complete(1.0)
+    order.made.answered.clear()
+    order.answer(1.9, None, error="ParkedError")
+    order.made.kept[0] = replace(order.made.kept[0], outcome=None)
+
+
+def other_outcome_recorded(order: Order) -> None:
+    order.complete(1.0)
+    order.made.kept[0] = replace(order.made.kept[0], outcome=f"{order.outcome(1)}ef")
+
+
+def two_outcomes_answered(order: Order) -> None:
+    order.complete(1.0)
+    order.answer(1.9, f"{order.outcome(1)}ef")
+
+
+def answered_and_not_completed(order: Order) -> None:
+    order.complete(1.0)
+    order.made.kept.clear()
+    order.keep("failed")
+
+
+def outcome_without_effect(order: Order) -> None:
+    order.complete(1.0)
+    order.made.effects.clear()
+
+
+def outcome_of_another_run(order: Order) -> None:
+    order.complete(1.0)
+    order.made.kept[0] = replace(order.made.kept[0], outcome=order.outcome(5), fencing_token=5)
+    order.made.answered[0] = replace(order.made.answered[0], outcome=order.outcome(5))
+
+
+def answered_too_early(order: Order) -> None:
+    order.complete(1.0)
+    order.answer(1.1, order.outcome(1))
+
+
+def began_after_the_answer(order: Order) -> None:
+    order.complete(1.0)
+    order.made.kept.clear()
+    order.start(5.0, taken_over=True)
+    order.keep(token=1)
+    order.made.kept[0] = replace(order.made.kept[0], fencing_token=2)
+
+
+def began_after_the_answer_and_a_pause(order: Order) -> None:
+    began_after_the_answer(order)
+    order.made.fault("worker_paused", 2.0, 4.9, part="worker 0", pids=(order.made.started[1].pid,))
+
+
+def strange_error(order: Order) -> None:
+    order.complete(1.0)
+    order.answer(1.9, None, error="KeyError")
+
+
+def same_token_twice(order: Order) -> None:
+    order.complete(1.0)
+    order.start(1.05, token=1)
+
+
+def token_falls(order: Order) -> None:
+    order.start(1.0, token=2)
+    order.complete(5.0, taken_over=True)
+    rows = order.made
+    rows.started[1] = replace(rows.started[1], fencing_token=1)
+    rows.effects[0] = replace(rows.effects[0], fencing_token=1)
+    rows.answered[0] = replace(rows.answered[0], outcome=order.outcome(1))
+    rows.kept[0] = replace(rows.kept[0], outcome=order.outcome(1))
+
+
+def record_under_an_older_token(order: Order) -> None:
+    order.killed(1.0, effect=False)
+    order.made.kept[0] = replace(order.made.kept[0], fencing_token=1)
+
+
+def without_protection(order: Order) -> None:
+    order.token = -1
+    order.complete(1.0)
+
+
+def effect_of_no_run(order: Order) -> None:
+    order.complete(1.0)
+    order.made.started[0] = replace(order.made.started[0], pid=1)
+
+
+def lease_cut_short(order: Order) -> None:
+    order.start(1.0)
+    order.made.fault("child_killed", 1.1, part="worker 0", pids=(order.made.started[0].pid,))
+    order.complete(1.0 + LEASE / 2 - 0.1, taken_over=True)
+
+
+def charge_in_doubt(order: Order) -> None:
+    order.in_doubt(1.0)
+
+
+def payment_ran_again(order: Order) -> None:
+    order.killed(1.0, effect=False)
+
+
+def payment_had_two_effects(order: Order) -> None:
+    order.killed(1.0)
+
+
+BROKEN_CHARGES: dict[str, list[Callable[[Order], None]]] = {
+    "lost": [
+        no_record,
+        no_state,
+        still_running,
+        released,
+        message_never_delivered,
+        message_put_back_for_ever,
+    ],
+    "duplicated": [
+        second_run_without_fault,
+        other_process_killed,
+        killed_before_it_began,
+        killed_after_the_repeat,
+        killed_after_it_answered,
+        claim_was_not_taken_over,
+        paused_too_short,
+        paused_long_before,
+        paused_after_it_answered,
+        paused_long_ago_and_awake,
+        sql_away_and_marker_there,
+        marker_lost_before_it_was_kept,
+        marker_lost_after_the_repeat,
+        marker_lost_and_sql_back_soon,
+        sql_cut_for_a_moment,
+        sql_of_the_other_shop,
+        markers_of_the_other_shop,
+        broker_away,
+        sql_back_long_ago,
+        effect_twice_in_one_run,
+    ],
+    "unexpected": [
+        never_published,
+        record_of_nothing,
+        unknown_message,
+        two_records,
+        completed_without_outcome,
+        other_outcome_recorded,
+        two_outcomes_answered,
+        answered_and_not_completed,
+        outcome_without_effect,
+        outcome_of_another_run,
+        answered_too_early,
+        began_after_the_answer,
+        began_after_the_answer_and_a_pause,
+        strange_error,
+        same_token_twice,
+        token_falls,
+        record_under_an_older_token,
+        without_protection,
+        effect_of_no_run,
+        lease_cut_short,
+        charge_in_doubt,
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "kind,tell",
+    [(kind, tell) for kind, tells in BROKEN_CHARGES.items() for tell in tells],
+    ids=lambda of: getattr(of, "__name__", of),
+)
+def test_broken(kind: str, tell: Callable[[Order], None]) -> None:
+    """Each broken promise is found, is of its class, and has a sentence that names the order and a time."""
+    order = order_of()
+    tell(order)
+    verdict = verdict_of(order)
+    assert not verdict.good
+    assert kind in only(verdict).classes
+    assert verdict.totals()[kind] == 1
+    assert all(problem.startswith(f"Order 1 (charge, {SHOP}) ") for problem in verdict.problems)
+
+
+@pytest.mark.parametrize("tell", [payment_ran_again, payment_had_two_effects])
+def test_broken_payment(tell: Callable[[Order], None]) -> None:
+    """A payment that ran again is found, whatever fault there was."""
+    order = order_of("pay")
+    tell(order)
+    expected = "duplicated" if tell is payment_had_two_effects else "unexpected"
+    assert only(verdict_of(order)).worst == expected
+
+
+def test_problem_tells_what_happened() -> None:
+    """A problem names the order, the processes and the times."""
+    order = order_of()
+    second_run_without_fault(order)
+    first, second = order.made.started
+    [problem] = verdict_of(order).problems
+    assert problem == (
+        f"Order 1 (charge, {SHOP}) had its effect at 1.200 s (process {first.pid}, fencing token 1)"
+        f" and again at 3.500 s (process {second.pid}, fencing token 2), and no fault explains it"
+    )
+
+
+def test_left_in_queue() -> None:
+    """A message that is still in a queue is a broken promise, though no order is known to be lost by it."""
+    order = order_of()
+    order.complete(1.0)
+    order.made.left[SHOP] = 2
+    verdict = verdict_of(order)
+    assert verdict.problems == (f"2 messages of {SHOP} were still in its queue at the end",)
+    assert (verdict.totals()["left in queues"], verdict.totals(OTHER_SHOP)["left in queues"]) == (2, 0)
+
+
+# Laws
+
+
+def void(_: object) -> None:
+    """Let go of what a call returns."""
+
+
+SURVIVED: dict[str, tuple[Callable[[Order, float], None], ...]] = {
+    "charge": (
+        lambda order, at: void(order.complete(at)),
+        lambda order, at: order.killed(at),
+        lambda order, at: order.killed(at, effect=False),
+        lambda order, at: order.paused(at),
+        lambda order, at: order.paused(at, effect_before=False),
+        lambda order, at: order.cut_off(at),
+        lambda order, at: order.unrenewed(at),
+    ),
+    "pay": (
+        lambda order, at: void(order.complete(at)),
+        lambda order, at: order.in_doubt(at),
+    ),
+}
+
+
+@st.composite
+def kept_promises(draw: st.DrawFn) -> History:
+    """A run in which orders suffered what the documents allow."""
+    made = Made()
+    for number in range(draw(st.integers(1, 6))):
+        task = draw(st.sampled_from(sorted(SURVIVED)))
+        order = Order(made, str(number), task, draw(st.sampled_from([SHOP, OTHER_SHOP])))
+        order.publish()
+        # Far enough from each other that no fault explains what befell another order.
+        draw(st.sampled_from(SURVIVED[task]))(order, 1.0 + 100.0 * number)
+        for late in range(draw(st.integers(0, 2))):
+            order.publish(90.0, f"late {late}")
+            [kept] = [row for row in made.kept if (row.shop, row.order) == (order.key["shop"], str(number))]
+            error = None if kept.outcome else "InDoubtError"
+            order.answer(100.0 * number + 95.0, kept.outcome, message=f"late {late}", error=error)
+    return made.history()
+
+
+@given(kept_promises())
+def test_kept_promises(history: History) -> None:
+    """Whatever orders suffer of what the documents allow, the run is good, and every order is of one good class."""
+    verdict = judge(history)
+    assert verdict.good, verdict.problems
+    totals = verdict.totals()
+    assert totals["orders"] == len({(row.shop, row.order) for row in history.published})
+    assert totals["effects"] == len(history.effects)
+    assert totals["orders"] == sum(judged.worst in CLASSES[3:] for judged in verdict.orders)
+    assert sum(verdict.totals(shop)["effects"] for shop in verdict.shops) == totals["effects"]
+
+
+@given(kept_promises(), st.randoms(use_true_random=False))
+def test_order_of_rows(history: History, chance: object) -> None:
+    """The verdict does not depend on the order in which rows are told."""
+    shuffled: dict[str, Any] = {}
+    for name in ("published", "started", "effects", "answered", "faults", "kept"):
+        rows = list(getattr(history, name))
+        chance.shuffle(rows)  # type: ignore[attr-defined]
+        shuffled[name] = tuple(rows)
+    assert judge(replace(history, **shuffled)) == judge(history)
+
+
+@given(kept_promises(), st.data())
+def test_second_payment(history: History, data: st.DataObject) -> None:
+    """A second effect of a payment is always found."""
+    payments = [row for row in history.effects if row.task == "pay"]
+    assume(payments)
+    paid = data.draw(st.sampled_from(payments))
+    later = data.draw(st.floats(0.0, 50.0))
+    token = paid.fencing_token + data.draw(st.integers(0, 3))
+    again = replace(paid, at=paid.at + later, fencing_token=token, pid=data.draw(st.sampled_from([paid.pid, 7])))
+    verdict = judge(replace(history, effects=(*history.effects, again)))
+    assert verdict.totals()["duplicated"] == 1
+
+
+@given(kept_promises())
+def test_no_faults(history: History) -> None:
+    """Without the faults every explained repeat is a broken promise."""
+    explained = judge(history).totals()["explained repeats"]
+    verdict = judge(replace(history, faults=()))
+    assert verdict.totals()["duplicated"] == explained
+    assert verdict.totals()["explained repeats"] == 0
+
+
+@given(kept_promises(), st.data())
+def test_lost_record(history: History, data: st.DataObject) -> None:
+    """A record that is gone is always found."""
+    gone = data.draw(st.sampled_from(history.kept))
+    kept = tuple(row for row in history.kept if row is not gone)
+    assert judge(replace(history, kept=kept)).totals()["lost"] == 1
+
+
+@given(kept_promises(), st.data())
+def test_lost_message(history: History, data: st.DataObject) -> None:
+    """A message without an answer is always found."""
+    message = data.draw(st.sampled_from(history.published)).message
+    answered = tuple(row for row in history.answered if row.message != message)
+    assert judge(replace(history, answered=answered)).totals()["lost"] == 1
+
+
+@given(kept_promises(), st.data())
+def test_other_answer(history: History, data: st.DataObject) -> None:
+    """A delivery that is answered with another outcome is always found."""
+    outcomes = [row for row in history.answered if row.outcome is not None]
+    assume(outcomes)
+    other = data.draw(st.sampled_from(outcomes))
+    answered = tuple(replace(row, outcome=f"{row.outcome}!") if row is other else row for row in history.answered)
+    assert judge(replace(history, answered=answered)).totals()["unexpected"] == 1

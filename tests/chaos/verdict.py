@@ -1,0 +1,376 @@
+"""Judges a run of chaos by docs/guarantees.md: what was lost, what was done twice, what else should not have been.
+
+An order is one key: a shop, a task and the order's number. For each order there is a class, the worst that holds:
+
+lost        it was published, and at the end it is neither completed nor failed, in doubt or parked; or one of its
+            messages never got an answer that ends it (an outcome, `InDoubtError`, `ParkedError`)
+duplicated  a second effect under `pay`; under `charge` one that no fault explains (`explained.py`)
+unexpected  something that no promise allows, such as an outcome that differs from another one: see `Rules`
+in doubt    as the record says at the end
+parked      as the record says at the end
+recovered   completed, after a dead claim was taken over
+once        completed, and nothing happened to it
+
+The first three are broken promises, and each has a sentence in `problems`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from idem_tasks import errors
+from tests.chaos.explained import Explained, Run, explain, was_held_up
+from tests.chaos.history import Answered, Effect, Fault, History, Kept, Published, Started
+
+BROKEN = ("lost", "duplicated", "unexpected")
+
+CLASSES = (*BROKEN, "in doubt", "parked", "recovered", "once")
+
+ENDED = frozenset({"completed", "failed", "in_doubt", "parked"})
+
+FINAL_ERRORS = frozenset({"InDoubtError", "ParkedError"})
+
+PUT_BACK_ERRORS = frozenset({"Ignore", "Reject"}) | {
+    name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.PUT_BACK)
+}
+"""By which the message comes again: ours, and what they are to Celery once that was seen to."""
+
+TOKEN = re.compile(r"\bunder (\d+)\b")
+"""The fencing token in an outcome, under which the run that made it had its effect."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is to be said of one order."""
+
+    shop: str
+    order: str
+    task: str
+    messages: int
+    deliveries: int
+    put_back: int
+    effects: int
+    takeovers: int
+    state: str | None
+    outcome: str | None
+    explained: tuple[Explained, ...]
+    problems: tuple[tuple[str, str], ...]  # which of `BROKEN`, and a sentence
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """All that hold, the worst first."""
+        found = {kind for kind, _ in self.problems}
+        if self.state in ("in_doubt", "parked"):
+            found.add(self.state.replace("_", " "))
+        elif self.state in ENDED and self.takeovers:
+            found.add("recovered")
+        return tuple(kind for kind in CLASSES if kind in found) or ("once",)
+
+    @property
+    def worst(self) -> str:
+        return self.classes[0]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be said of a whole run."""
+
+    orders: tuple[Judged, ...]
+    left_in_queues: dict[str, int]
+    problems: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
+
+    @property
+    def shops(self) -> tuple[str, ...]:
+        return tuple(sorted({judged.shop for judged in self.orders} | set(self.left_in_queues)))
+
+    @property
+    def explained(self) -> tuple[Explained, ...]:
+        """All explained repeats, by the time of the repeat."""
+        found = [repeat for judged in self.orders for repeat in judged.explained]
+        return tuple(sorted(found, key=lambda repeat: (repeat.second.at, repeat.second.shop, repeat.second.order)))
+
+    def totals(self, shop: str | None = None) -> dict[str, int]:
+        """Count everything, in all shops or in one. An order that is lost and duplicated counts as both."""
+        orders = [judged for judged in self.orders if shop in (None, judged.shop)]
+        kinds = Counter(kind for judged in orders for kind in judged.classes)
+        repeats = Counter(repeat.kind for judged in orders for repeat in judged.explained)
+        return {
+            "orders": sum(judged.messages > 0 for judged in orders),
+            "messages published": sum(judged.messages for judged in orders),
+            "deliveries": sum(judged.deliveries for judged in orders),
+            "deliveries put back": sum(judged.put_back for judged in orders),
+            "effects": sum(judged.effects for judged in orders),
+            "outcomes": sum(judged.outcome is not None for judged in orders),
+            "takeovers": sum(judged.takeovers for judged in orders),
+            "lost": kinds["lost"],
+            "left in queues": sum(count for name, count in self.left_in_queues.items() if shop in (None, name)),
+            "duplicated": kinds["duplicated"],
+            "unexpected": kinds["unexpected"],
+            "in doubt": kinds["in doubt"],
+            "parked": kinds["parked"],
+            "recovered": kinds["recovered"],
+            "explained repeats": sum(repeats.values()),
+            **{f"explained repeats: {kind}": repeats[kind] for kind in sorted({r.kind for r in self.explained})},
+        }
+
+
+def judge(history: History) -> Verdict:
+    """Judge a whole run; raises `ValueError` if it does not say how long a lease was."""
+    if history.lease <= 0:
+        raise ValueError("without the lease nobody can tell whether a fault was long enough: History(lease=...)")
+    orders = tuple(Rules(rows, history).judge() for _, rows in sorted(_by_order(history).items()))
+    problems = [sentence for judged in orders for _, sentence in judged.problems]
+    problems += [
+        f"{count} messages of {shop} were still in its queue at the end"
+        for shop, count in sorted(history.left_in_queues.items())
+        if count
+    ]
+    return Verdict(orders, dict(history.left_in_queues), tuple(problems))
+
+
+@dataclass
+class Rows:
+    """All that was told of one order."""
+
+    key: tuple[str, str, str]
+    published: list[Published] = field(default_factory=list)
+    started: list[Started] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+    answered: list[Answered] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+
+
+def _by_order(history: History) -> dict[tuple[str, str, str], Rows]:
+    found: dict[tuple[str, str, str], Rows] = {}
+    for name in ("published", "started", "effects", "answered", "kept"):
+        for row in getattr(history, name):
+            key = (row.shop, row.order, row.task)
+            getattr(found.setdefault(key, Rows(key)), name).append(row)
+    for rows in found.values():
+        timed: tuple[list[Any], ...] = (rows.published, rows.started, rows.effects, rows.answered)
+        for seen in timed:
+            seen.sort(key=lambda row: row.at)
+    return found
+
+
+class Rules:
+    """The rules for one order; each yields what breaks it."""
+
+    def __init__(self, rows: Rows, history: History) -> None:
+        self._rows = rows
+        self._began = history.began
+        self._lease = history.lease
+        shop = rows.key[0]
+        self._faults: tuple[Fault, ...] = tuple(
+            sorted((fault for fault in history.faults if fault.target.startswith(f"{shop} ")), key=lambda f: f.at)
+        )
+        self._kept = rows.kept[0] if rows.kept else None
+        self._state = self._kept.state if self._kept else None
+        self._outcome = self._kept.outcome if self._kept else None
+        self._explained: list[Explained] = []
+
+    def judge(self) -> Judged:
+        rules = (
+            self._is_not_lost,
+            self._every_message_is_answered,
+            self._effects_are_not_repeated,
+            self._was_published,
+            self._has_one_record,
+            self._outcome_is_one,
+            self._outcome_has_an_effect,
+            self._no_answer_comes_too_early,
+            self._no_run_comes_too_late,
+            self._errors_are_known,
+            self._tokens_rise,
+            self._effects_are_of_runs,
+            self._no_lease_is_cut_short,
+            self._policy_is_kept,
+        )
+        problems = tuple((kind, self._sentence(what)) for rule in rules for kind, what in rule())
+        shop, order, task = self._rows.key
+        return Judged(
+            shop=shop,
+            order=order,
+            task=task,
+            messages=len({row.message for row in self._rows.published}),
+            deliveries=len(self._rows.answered),
+            put_back=sum(row.error in PUT_BACK_ERRORS for row in self._rows.answered),
+            effects=len(self._rows.effects),
+            takeovers=sum(row.taken_over for row in self._rows.started),
+            state=self._state,
+            outcome=self._outcome,
+            explained=tuple(self._explained),
+            problems=problems,
+        )
+
+    def _is_not_lost(self) -> Iterator[tuple[str, str]]:
+        if self._rows.published and self._state not in ENDED:
+            record = "there is no record" if self._state is None else f"its record is {self._state!r}"
+            yield "lost", f"was published at {self._at(self._rows.published[0].at)}, and at the end {record}"
+
+    def _every_message_is_answered(self) -> Iterator[tuple[str, str]]:
+        answers: dict[str, list[Answered]] = defaultdict(list)
+        for row in self._rows.answered:
+            answers[row.message].append(row)
+        for message in self._rows.published:
+            found = answers[message.message]
+            if not any(row.outcome is not None or row.error in FINAL_ERRORS for row in found):
+                last = (
+                    f"last ended in {found[-1].error} at {self._at(found[-1].at)}" if found else "was never delivered"
+                )
+                yield "lost", f"message {message.message}, published at {self._at(message.at)}, {last}"
+
+    def _effects_are_not_repeated(self) -> Iterator[tuple[str, str]]:
+        """Go by the fencing tokens: a run that was paused may have its effect after the one that took over from it."""
+        by_token = sorted(self._rows.effects, key=lambda row: (row.fencing_token, row.at))
+        for first, second in pairwise(by_token):
+            faults = self._why_repeated(first) if first.fencing_token < second.fencing_token else ()
+            if faults and first.task != "pay":
+                self._explained.append(Explained(first, faults, second))
+                continue
+            but = ", though it is held after a crash" if first.task == "pay" else ", and no fault explains it"
+            yield "duplicated", f"had its effect {self._of(first)} and again {self._of(second)}{but}"
+
+    def _why_repeated(self, effect: Effect) -> tuple[Fault, ...]:
+        started = next((row for row in self._rows.started if _is_of(effect, row)), None)
+        later = [row for row in self._rows.started if row.fencing_token > effect.fencing_token]
+        if started is None or not later:
+            return ()
+        answer = next((row for row in self._rows.answered if row.pid == started.pid and row.at >= effect.at), None)
+        run = Run(
+            started=started,
+            effect=effect,
+            answered_at=answer.at if answer else None,
+            was_put_back=answer is not None and answer.error in PUT_BACK_ERRORS,
+        )
+        return explain(run, min(later, key=lambda row: row.fencing_token), self._faults, self._lease)
+
+    def _was_published(self) -> Iterator[tuple[str, str]]:
+        if not self._rows.published:
+            told: list[Started | Effect | Answered] = [*self._rows.started, *self._rows.effects, *self._rows.answered]
+            when = f"at {self._at(min(row.at for row in told))}" if told else "in the records"
+            yield "unexpected", f"was never published, and was seen {when}"
+            return
+        messages = {row.message for row in self._rows.published}
+        for row in self._rows.answered:
+            if row.message not in messages:
+                yield "unexpected", f"message {row.message} was never published, and answered at {self._at(row.at)}"
+
+    def _has_one_record(self) -> Iterator[tuple[str, str]]:
+        if len(self._rows.kept) > 1:
+            yield "unexpected", f"has {len(self._rows.kept)} records"
+
+    def _outcome_is_one(self) -> Iterator[tuple[str, str]]:
+        if self._state == "completed" and self._outcome is None:
+            yield "unexpected", "is completed, and its record has no outcome"
+        first: Answered | None = None
+        for row in self._rows.answered:
+            if row.outcome is None:
+                continue
+            if self._state != "completed":
+                state = "not there" if self._state is None else repr(self._state)
+                yield (
+                    "unexpected",
+                    f"was answered with {row.outcome!r} at {self._at(row.at)}, and its record is {state}",
+                )
+            elif row.outcome != self._outcome:
+                recorded = f"and recorded is {self._outcome!r}"
+                yield "unexpected", f"was answered with {row.outcome!r} at {self._at(row.at)}, {recorded}"
+            if first is not None and row.outcome != first.outcome:
+                before = f"was answered with {first.outcome!r} at {self._at(first.at)}"
+                yield "unexpected", f"{before} and with {row.outcome!r} at {self._at(row.at)}"
+            first = first or row
+
+    def _outcome_has_an_effect(self) -> Iterator[tuple[str, str]]:
+        if self._state != "completed":
+            return
+        token = TOKEN.search(self._outcome or "")
+        if not self._rows.effects:
+            yield "unexpected", f"has the outcome {self._outcome!r}, and never had an effect"
+        elif token and int(token[1]) not in {row.fencing_token for row in self._rows.effects}:
+            yield "unexpected", f"has the outcome {self._outcome!r}, and no effect under that fencing token"
+
+    def _no_answer_comes_too_early(self) -> Iterator[tuple[str, str]]:
+        for row in self._rows.answered:
+            if row.outcome is not None and not any(effect.at <= row.at for effect in self._rows.effects):
+                yield "unexpected", f"was answered with {row.outcome!r} at {self._at(row.at)}, before it had any effect"
+
+    def _no_run_comes_too_late(self) -> Iterator[tuple[str, str]]:
+        """Nothing is granted once there is an outcome; but a run can be held up between its claim and its start."""
+        given = next((row for row in self._rows.answered if row.outcome is not None), None)
+        if given is None:
+            return
+        before = max((row.fencing_token for row in self._rows.started if row.at <= given.at), default=0)
+        for row in self._rows.started:
+            is_old = row.fencing_token < before and was_held_up(row, self._faults, self._lease)
+            if row.at > given.at and not is_old:
+                answered = f"had been answered with its outcome at {self._at(given.at)}"
+                yield "unexpected", f"began {self._of(row)}, and {answered}"
+
+    def _errors_are_known(self) -> Iterator[tuple[str, str]]:
+        for row in self._rows.answered:
+            if row.error is not None and row.error not in FINAL_ERRORS | PUT_BACK_ERRORS:
+                yield "unexpected", f"a delivery in process {row.pid} ended in {row.error} at {self._at(row.at)}"
+
+    def _tokens_rise(self) -> Iterator[tuple[str, str]]:
+        """From one run to the next; one that was held up before it began may begin after the one that took over."""
+        for row in self._rows.started:
+            if row.fencing_token < 1:
+                yield "unexpected", f"began {self._of(row)}, without protection"
+        for first, second in pairwise(self._rows.started):
+            fell = first.fencing_token > second.fencing_token and not was_held_up(second, self._faults, self._lease)
+            if fell or first.fencing_token == second.fencing_token:
+                yield (
+                    "unexpected",
+                    f"began {self._of(first)} and then {self._of(second)}: its fencing tokens do not rise",
+                )
+        highest = max((row.fencing_token for row in self._rows.started), default=0)
+        if self._kept is not None and self._state is not None and self._kept.fencing_token < highest:
+            yield "unexpected", f"ran under {highest}, and its record has the fencing token {self._kept.fencing_token}"
+
+    def _effects_are_of_runs(self) -> Iterator[tuple[str, str]]:
+        for effect in self._rows.effects:
+            if not any(_is_of(effect, row) for row in self._rows.started):
+                yield "unexpected", f"had its effect {self._of(effect)}, in a run that never began"
+
+    def _no_lease_is_cut_short(self) -> Iterator[tuple[str, str]]:
+        """A claim stands for a lease from its grant on; half of that is left for the way from grant to start."""
+        by_token = sorted(self._rows.started, key=lambda row: row.fencing_token)
+        for first, second in pairwise(by_token):
+            early = second.at - first.at < self._lease / 2
+            if second.taken_over and early and not was_held_up(first, self._faults, self._lease):
+                yield (
+                    "unexpected",
+                    f"began {self._of(first)}, and was taken over {self._of(second)} while its lease lived",
+                )
+
+    def _policy_is_kept(self) -> Iterator[tuple[str, str]]:
+        if self._rows.key[2] != "pay":
+            if self._state == "in_doubt":
+                yield "unexpected", "is in doubt, though it runs again after a crash"
+            return
+        for row in self._rows.started[1:]:
+            yield "unexpected", f"began again {self._of(row)}, though it is held after a crash"
+
+    def _sentence(self, what: str) -> str:
+        shop, order, task = self._rows.key
+        return f"Order {order} ({task}, {shop}) {what}"
+
+    def _at(self, time: float) -> str:
+        return f"{time - self._began:.3f} s"
+
+    def _of(self, row: Started | Effect) -> str:
+        return f"at {self._at(row.at)} (process {row.pid}, fencing token {row.fencing_token})"
+
+
+def _is_of(effect: Effect, started: Started) -> bool:
+    return (effect.pid, effect.fencing_token) == (started.pid, started.fencing_token)
