@@ -22,9 +22,9 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
-from redis.connection import parse_url
+from redis.connection import SSLConnection, parse_url
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import Sentinel, SentinelManagedConnection
 
 from idem_tasks.errors import (
     ConfigurationError,
@@ -184,7 +184,8 @@ class _FromAddress:
                 found = sentinels(
                     self._address.hosts, sentinel_kwargs=self._sentinel_options, retry=retry, **self._options
                 )
-                return [found.master_for(self._address.service), *found.sentinels]
+                kind = {"connection_class": _TlsSentinelConnection if self._address.tls else _SentinelConnection}
+                return [found.master_for(self._address.service, **(kind if blocking else {})), *found.sentinels]
             case "unix":
                 single: Any = redis.Redis if blocking else redis.asyncio.Redis
                 return [single(retry=retry, **self._options)]
@@ -192,6 +193,22 @@ class _FromAddress:
                 single = redis.Redis if blocking else redis.asyncio.Redis
                 host, port = self._address.hosts[0]
                 return [single(host=host, port=port, retry=retry, **self._options)]
+
+
+class _SentinelConnection(SentinelManagedConnection):
+    """Hangs up when a reply does not come in time, as redis-py's other connections do by themselves.
+
+    Left open, it would answer the next command with the reply to this one: with the outcome of another key.
+    """
+
+    def read_response(
+        self, disable_decoding: Any = False, *, disconnect_on_error: bool | None = True, **options: Any
+    ) -> Any:
+        return super().read_response(disable_decoding, disconnect_on_error=disconnect_on_error, **options)
+
+
+class _TlsSentinelConnection(_SentinelConnection, SSLConnection):
+    pass
 
 
 def _query_options(query: str) -> dict[str, Any]:
