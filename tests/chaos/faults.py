@@ -20,6 +20,7 @@ from tests.chaos.plan import Planned
 from tests.chaos.servers import Premises, ReplicatedRedis
 from tests.chaos.workers import Worker
 from tests.services.postgres_server import PostgresServer
+from tests.services.waiting import wait_until
 
 T = TypeVar("T")
 
@@ -27,6 +28,7 @@ LEASE = 2.5
 """Seconds; of the handlers."""
 
 SECONDS_TO_LOCK = 60.0
+SECONDS_TO_FIND_WORK = 1.0
 
 FILLER = "filler:"
 FILLER_BYTES = 20_000
@@ -98,8 +100,7 @@ class Faults:
     def _kill_child(self, shop: Shop, fault: Planned) -> None:
         worker = chosen(shop.workers, fault.pick)
         with held(worker.busy):
-            # One that is within a handler, if there is one: the others have nothing to lose.
-            at_work = self._at_work(shop) & set(worker.children())
+            at_work = self._at_work(shop, worker)
             children = sorted(at_work) or worker.children()
             if not children:
                 return
@@ -111,23 +112,23 @@ class Faults:
     def _kill_worker(self, shop: Shop, fault: Planned) -> None:
         worker = chosen(shop.workers, fault.pick)
         with held(worker.busy):
-            at = time.time()
+            at_work, at = self._at_work(shop, worker), time.time()
             pids = worker.kill()
-            self._tell(fault, at, worker.name, pids=pids)
+            self._tell(fault, at, worker.name, f"{len(at_work)} at work", pids)
             self._wait(fault.strength * LEASE)
             worker.start()
 
     def _pause_worker(self, shop: Shop, fault: Planned) -> None:
         worker = chosen(shop.workers, fault.pick)
         with held(worker.busy):
-            at = time.time()
+            at_work, at = self._at_work(shop, worker), time.time()
             pids = worker.pause()
             try:
                 # To its end also when the run is over: a shorter one would not be what it is told to be.
                 time.sleep(LEASE * (1.2 + fault.strength))
             finally:
                 worker.resume()
-            self._tell(fault, at, worker.name, pids=pids)
+            self._tell(fault, at, worker.name, f"{len(at_work)} at work", pids)
 
     # Redis
 
@@ -235,9 +236,17 @@ class Faults:
             if fault.part == "markers":
                 premises.markers.settle()
 
-    def _at_work(self, shop: Shop) -> set[int]:
-        with Ledger(self._ledger_url) as ledger:
-            return ledger.at_work(shop.name)
+    def _at_work(self, shop: Shop, worker: Worker) -> set[int]:
+        """The children within a handler; waits a moment until there is one: the others have nothing to lose."""
+        found: set[int] = set()
+        with Ledger(self._ledger_url) as ledger, suppress(TimeoutError):
+
+            def there_is_one() -> bool:
+                found.update(ledger.at_work(shop.name) & set(worker.children()))
+                return bool(found)
+
+            wait_until(there_is_one, seconds=SECONDS_TO_FIND_WORK, what="a handler")
+        return found
 
 
 def chosen(things: Sequence[T], pick: float) -> T:

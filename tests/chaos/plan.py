@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-GAP = (0.8, 3.2)
+GAP = (0.4, 2.4)
 """Seconds between the beginnings of two faults; most overlap."""
 
 EACH_SHOP: tuple[tuple[str, str], ...] = (
@@ -14,6 +14,7 @@ EACH_SHOP: tuple[tuple[str, str], ...] = (
     ("child_killed", "worker"),
     ("child_killed", "worker"),
     ("worker_killed", "worker"),
+    ("worker_paused", "worker"),
     ("worker_paused", "worker"),
     ("markers_flushed", "markers"),
     ("sql_restarted", "sql"),
