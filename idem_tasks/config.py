@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
 from idem_tasks.errors import ConfigurationError
@@ -76,6 +77,18 @@ def default_idempotency() -> Idempotency:
             made = _default  # another thread may have been here meanwhile
             return configure() if made is None else made
     return made
+
+
+@contextmanager
+def default_restored() -> Iterator[Idempotency | None]:
+    """Give what `configure` made, or None if nobody called it, and restore that afterwards; for tests."""
+    global _default  # noqa: PLW0603 - as above
+    before = _default
+    try:
+        yield before
+    finally:
+        with _lock:
+            _default = before
 
 
 def urls_from_environment() -> tuple[str | None, str | None]:

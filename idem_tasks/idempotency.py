@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -273,6 +274,9 @@ class Idempotency:
 
     def services(self, runtime: RuntimeName) -> Services:
         """Return the store, heartbeat and codec as `runtime` uses them, on this process or event loop."""
+        make = _services_from.get()
+        if make is not None:
+            return make(self, runtime)
         if runtime == "blocking":
             return self._blocking or self._serve_blocking()
         loop = asyncio.get_running_loop()
@@ -347,6 +351,20 @@ class Idempotency:
             context = OutcomeContext(scope, key, None)
             encoded = EncodedOutcome(body=self.codec.encode(outcome, UNANNOTATED, context), codec=self.codec.name)
         return await store.resolve(scope, key, encoded)
+
+
+_ServicesFrom = Callable[[Idempotency, RuntimeName], Services]
+_services_from: ContextVar[_ServicesFrom | None] = ContextVar("idem_tasks_services_from", default=None)
+
+
+@contextlib.contextmanager
+def services_from(make: _ServicesFrom) -> Iterator[None]:
+    """Let every `Idempotency` use the services that `make` gives it, in this context only; for tests."""
+    token = _services_from.set(make)
+    try:
+        yield
+    finally:
+        _services_from.reset(token)
 
 
 _return_types: weakref.WeakKeyDictionary[object, Any] = weakref.WeakKeyDictionary()
