@@ -1,16 +1,54 @@
-"""For tests, also of other people's stores: suites that say what a store has to do, and what they are run with.
+"""For tests of handlers and of stores, also of other people's: `assert_idempotent`, and suites for stores.
 
 Needs pytest.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import pytest
+
+if TYPE_CHECKING:
+    from idem_tasks.testing.clock import ManualClock
+    from idem_tasks.testing.contract import RecordTierContract, StoreContract
+    from idem_tasks.testing.driver import Driver
+    from idem_tasks.testing.idempotent import aassert_idempotent, assert_idempotent
+    from idem_tasks.testing.marker_contract import MarkerContract
+    from idem_tasks.testing.redelivery import crash_point
+    from idem_tasks.testing.report import IdempotencyReport, ReportedPoint
+
+__all__ = [
+    "Driver",
+    "IdempotencyReport",
+    "ManualClock",
+    "MarkerContract",
+    "RecordTierContract",
+    "ReportedPoint",
+    "StoreContract",
+    "aassert_idempotent",
+    "assert_idempotent",
+    "crash_point",
+]
 
 # Before the suites are imported: a failed assertion then shows its values.
 pytest.register_assert_rewrite("idem_tasks.testing.contract", "idem_tasks.testing.marker_contract")
 
-from idem_tasks.testing.clock import ManualClock  # noqa: E402
-from idem_tasks.testing.contract import RecordTierContract, StoreContract  # noqa: E402
-from idem_tasks.testing.driver import Driver  # noqa: E402
-from idem_tasks.testing.marker_contract import MarkerContract  # noqa: E402
+# Imported when they are first named: the pytest plugin is loaded in every run, also by those who use none of them.
+_ON_DEMAND = {
+    "Driver": "driver",
+    "IdempotencyReport": "report",
+    "ManualClock": "clock",
+    "MarkerContract": "marker_contract",
+    "RecordTierContract": "contract",
+    "ReportedPoint": "report",
+    "StoreContract": "contract",
+    "aassert_idempotent": "idempotent",
+    "assert_idempotent": "idempotent",
+    "crash_point": "redelivery",
+}
 
-__all__ = ["Driver", "ManualClock", "MarkerContract", "RecordTierContract", "StoreContract"]
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(f"{__name__}.{_ON_DEMAND[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
