@@ -1,0 +1,242 @@
+"""What must never happen: the promises of the protocol, checked at every step of an exploration.
+
+`Laws` watches from outside: the record and the marker before and after every command, every effect, every answer and
+every acknowledgement. It keeps the first `violation` for the world to raise: raised on the spot, the code that is
+explored would take it for its handler's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from idem_tasks.claims import Record, State
+
+ENDED = (State.COMPLETED, State.FAILED)
+WAITING = (State.IN_DOUBT, State.PARKED)
+
+_ROUNDING = 1e-5
+"""Seconds. A record tells its times in microseconds."""
+
+
+class Law(Enum):
+    """What is checked, in words."""
+
+    EFFECT_ONCE = "under hold, an outside effect happens at most once"
+    EFFECT_EXPLAINED = "under rerun, an effect is repeated only after a takeover or a release"
+    CLAIMED = "a handler runs only under a claim that was granted to it, once for each"
+    TOKEN_RISES = "every claim that is granted has a higher fencing token than all before"
+    LEASE_RESPECTED = "nobody takes a claim over whose lease is not over"
+    FENCE = "only the claim that was granted last records an outcome or releases"
+    OUTCOME_STANDS = "a recorded outcome is not replaced, and not run again within its retention"
+    PERSON_DECIDES = "in doubt and parked are ended by a person, or by the late finish of the claim in doubt"
+    NO_RELEASE_AFTER_RETURN = "once a handler has returned, nothing releases its claim"
+    RECORDED_BEFORE_ANSWER = "nobody is given an outcome that was never recorded, or was forgotten before they asked"
+    ONE_OUTCOME = "all who are answered are given the same outcome"
+    ACKNOWLEDGED_IS_RECORDED = "a message is acknowledged only once its outcome is recorded, in doubt or parked"
+    OWN_MARKER = "a marker is taken away, renewed or replaced only by its owner, by its end, or by a person"
+    NO_MESSAGE_LOST = "every message is answered in the end"
+    NOT_STUCK = "no key stays in progress once the leases are over"
+    KNOWN_ENDINGS = "a call ends by a value, by the handler's own exception, or by an error that says what to do"
+
+
+class Violation(AssertionError):  # noqa: N818 - a word of its own: the explorer's find
+    """A law that was broken."""
+
+    def __init__(self, law: Law, what: str) -> None:
+        self.law = law
+        self.what = what
+        super().__init__(f"{law.value}: {what}")
+
+
+@dataclass(slots=True)
+class _Epoch:
+    """The life of a record between two deletions, expiries or orders to run again."""
+
+    effects: int = 0
+    excuses: int = 0
+    outcome: str | None = None
+    waited: bool = False
+    closed: bool = False
+    """Over for certain: whoever asks from now on must not hear its outcome."""
+
+
+class Laws:
+    """Watches one execution; `summary` is all it has to remember, so that equal states can be told."""
+
+    def __init__(self, *, holds: bool, record_may_be_lost: bool) -> None:
+        self.violation: Violation | None = None
+        self._holds = holds
+        self._record_may_be_lost = record_may_be_lost
+        self._last_token = 0
+        self._epochs = [_Epoch()]
+        self._granted: dict[str, tuple[int, int]] = {}  # owner: fencing token, epoch
+        self._ran: set[str] = set()
+        self._returned: set[str] = set()
+        self._answered: dict[int, set[str]] = defaultdict(set)
+
+    @property
+    def epoch(self) -> int:
+        """The number of the record's present life."""
+        return len(self._epochs) - 1
+
+    @property
+    def first_open_epoch(self) -> int:
+        """The oldest life whose outcome may still be heard by somebody who asks now."""
+        return next(number for number, epoch in enumerate(self._epochs) if not epoch.closed)
+
+    def summary(self) -> tuple[Any, ...]:
+        """Return what later checks depend on."""
+        epochs = tuple((e.effects, e.excuses, e.outcome, e.waited, e.closed) for e in self._epochs)
+        granted = frozenset(self._granted.items())
+        return epochs, self._last_token, granted, frozenset(self._ran), frozenset(self._returned)
+
+    def _broken(self, law: Law, what: str) -> None:
+        if self.violation is None:
+            self.violation = Violation(law, what)
+
+    # The record
+
+    def record_changed(self, verb: str, owner: str, before: Record | None, after: Record | None, now: float) -> None:
+        """Check what a command of `owner` made of the record; for a person's command the owner is empty."""
+        if before is not None and after is None:
+            return self._begin_epoch()
+        if after is None:
+            return None
+        if before is not None and after.generation > before.generation:
+            self._begin_epoch()
+            self._epochs[-2].closed = True
+            before = None
+        match verb:
+            case "claim":
+                self._claimed(owner, before, after, now)
+            case "finish" | "write_through":
+                self._finished(owner, before, after)
+            case "release":
+                self._released(owner, before, after)
+            case "resolve" if after.state is State.RELEASED:
+                self._begin_epoch()
+                self._epochs[-2].closed = False
+            case "resolve" if before is not None and before.state not in ENDED:
+                self._epochs[-1].outcome = text_of(after)
+        if after.state in WAITING:
+            self._epochs[-1].waited = True
+        return None
+
+    def _begin_epoch(self) -> None:
+        self._epochs.append(_Epoch())
+
+    def _claimed(self, owner: str, before: Record | None, after: Record, now: float) -> None:
+        if before is not None:
+            if before.state in ENDED and after != before:
+                self._broken(Law.OUTCOME_STANDS, f"a record that was {before.state.value} became {after.state.value}")
+            if before.state in WAITING and after.state is not before.state:
+                self._broken(Law.PERSON_DECIDES, f"a claim made {before.state.value} {after.state.value}")
+            held = before.state is State.RUNNING and now < before.lease_expires_at.timestamp() - _ROUNDING
+            if held and before.owner != owner and (after.owner, after.state) != (before.owner, before.state):
+                self._broken(Law.LEASE_RESPECTED, f"{owner} took over from {before.owner}, whose lease was not over")
+        if after.state is State.RUNNING and after.owner == owner:
+            same = before is not None and (before.owner, before.fencing_token) == (owner, after.fencing_token)
+            if not same and after.fencing_token <= self._last_token:
+                what = f"{owner} was granted {after.fencing_token}, and {self._last_token} was there before"
+                self._broken(Law.TOKEN_RISES, what)
+            self._last_token = after.fencing_token
+            if before is not None and before.state is State.RUNNING and not same:
+                self._epochs[-1].excuses += 1
+            self._granted.setdefault(owner, (after.fencing_token, self.epoch))
+
+    def _finished(self, owner: str, before: Record | None, after: Record) -> None:
+        if before == after or after.state not in ENDED:
+            return
+        if before is None:
+            self._epochs[-1].outcome = text_of(after)
+            return
+        if before.state in ENDED:
+            if text_of(before) != text_of(after):
+                self._broken(Law.OUTCOME_STANDS, f"{owner} replaced {text_of(before)} by {text_of(after)}")
+            return
+        if before.owner != owner:
+            self._broken(Law.FENCE, f"{owner} recorded its outcome over the claim of {before.owner}")
+        self._epochs[-1].outcome = text_of(after)
+
+    def _released(self, owner: str, before: Record | None, after: Record) -> None:
+        if before is None or (before.state, before.owner) == (after.state, after.owner):
+            return
+        if before.owner != owner:
+            self._broken(Law.FENCE, f"{owner} released the claim of {before.owner}")
+        if owner in self._returned:
+            self._broken(Law.NO_RELEASE_AFTER_RETURN, f"{owner} had returned, and is {after.state.value}")
+        if before.state in ENDED:
+            self._broken(Law.OUTCOME_STANDS, f"{owner} released what was {before.state.value}")
+        if after.state is State.RELEASED:
+            self._epochs[-1].excuses += 1
+
+    def record_was_lost(self) -> None:
+        """The database lost its last moments; what it lost is not our doing."""
+        self._begin_epoch()
+
+    def person_is_done(self, epoch: int) -> None:
+        """A person's forget or purge has ended, its marker is gone too: that life's outcome is heard no more."""
+        for old in self._epochs[: epoch + 1]:
+            old.closed = True
+
+    # The marker
+
+    def marker_changed(self, verb: str, owner: str, before: Any, after: Any) -> None:
+        """Check what a command of `owner` made of the marker, given as (kind, owner) pairs or None."""
+        if before is None or before == after or verb in ("drop", "drop_pending"):
+            return
+        if before[1] != owner:
+            self._broken(Law.OWN_MARKER, f"{verb} of {owner} changed the {before[0]} marker of {before[1]}")
+
+    # The handler
+
+    def handler_began(self, owner: str, fencing_token: int) -> None:
+        """Check that it has a claim of its own."""
+        if self._granted.get(owner, (0, 0))[0] != fencing_token or owner in self._ran:
+            self._broken(Law.CLAIMED, f"{owner} ran under {fencing_token}, and was granted {self._granted}")
+        self._ran.add(owner)
+
+    def effect(self, owner: str) -> None:
+        """Check that the outside effect may happen now."""
+        epoch = self._epochs[self._granted[owner][1]]  # a late effect belongs to the life in which it was claimed
+        epoch.effects += 1
+        if epoch.effects == 1 or self._record_may_be_lost:
+            return
+        if self._holds:
+            self._broken(Law.EFFECT_ONCE, f"it happened in {owner}, and had happened before")
+        if epoch.effects > 1 + epoch.excuses:
+            what = f"{epoch.effects} effects after {epoch.excuses} takeovers and releases"
+            self._broken(Law.EFFECT_EXPLAINED, what)
+
+    def handler_returned(self, owner: str) -> None:
+        """Note that nothing may release its claim from now on."""
+        self._returned.add(owner)
+
+    # The answer and the message
+
+    def answered(self, owner: str, outcome: str, *, first_epoch: int) -> None:
+        """Check the outcome given to a delivery that asked when `first_epoch` was the oldest that could answer."""
+        epochs = [n for n in range(first_epoch, len(self._epochs)) if self._epochs[n].outcome == outcome]
+        if not epochs:
+            known = [epoch.outcome for epoch in self._epochs]
+            self._broken(Law.RECORDED_BEFORE_ANSWER, f"{owner} was given {outcome}; recorded was {known}")
+        self._answered[epochs[-1]].add(outcome)
+        if len(self._answered[epochs[-1]]) > 1:
+            self._broken(Law.ONE_OUTCOME, f"callers were given {sorted(self._answered[epochs[-1]])}")
+
+    def unknown_ending(self, owner: str, error: BaseException) -> None:
+        """A call ended by an error that says nothing to a consumer."""
+        self._broken(Law.KNOWN_ENDINGS, f"{owner} ended by {error!r}")
+
+    def acknowledged_without_outcome(self, owner: str, why: str, *, first_epoch: int) -> None:
+        """Check that a message which ended in doubt or parked is found by a person."""
+        if not any(epoch.waited for epoch in self._epochs[first_epoch:]):
+            self._broken(Law.ACKNOWLEDGED_IS_RECORDED, f"{owner} was acknowledged with {why}")
+
+
+def text_of(record: Record) -> str:
+    """Return a recorded outcome as the handler returned it."""
+    return record.error_message or "failed" if record.outcome is None else record.outcome.decode().strip('"')

@@ -1,0 +1,86 @@
+"""What is explored: how many deliveries of one message, under which policy, with which faults at most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from idem_tasks.policy import OnCrash, Policy, PolicyFields
+
+LEASE = 0.3
+"""Seconds. A finish that cannot reach its record tries again for that long, which is two or three times."""
+
+RETENTION = 1000.0
+"""Seconds that an outcome is kept."""
+
+Behaviour = Literal["return", "raise", "raise before its effect", "retry"]
+"""How one run of the handler goes; `retry` publishes the message again, as Celery's `self.retry()` does, and raises."""
+
+Fault = Literal[
+    "command lost",
+    "reply lost",
+    "sent again",
+    "killed",
+    "lease over",
+    "third of a lease over",
+    "retention over",
+    "markers lost",
+    "record lost",
+    "SQL down",
+    "Redis down",
+    "soft limit",
+    "shutdown",
+    "delivered again",
+    "forget",
+    "resolve with an outcome",
+    "resolve with a rerun",
+    "purge",
+]
+"""What can go wrong, or what a person can do, at any step:
+
+`command lost` never reaches the tier; `reply lost` took effect, and the caller sees an outage; `sent again` took
+effect, its reply was lost, and the client sent the command once more. `killed` ends a worker's process. `lease over`
+lets more than a lease pass while nobody does anything: a pause of all; `third of a lease over` is the time after which
+heartbeats are due. `markers lost` is a flush, an eviction or a failover of Redis; `record lost` takes the last
+moments of a database that failed over. A soft limit and a shutdown strike a delivery where it is.
+"""
+
+
+class HandlerFailedError(Exception):
+    """What an explored handler raises."""
+
+
+class RetryError(Exception):
+    """What an explored handler raises once it has published its message again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One message that was published `copies` times, and everything that may happen to it.
+
+    At most `deliveries` of it begin, and at most `most_faults` faults happen, of each kind at most as many as `faults`
+    says. `behaviours` are those of the handler's runs, in order; it returns from all later ones.
+    `every_reply` stops also between an effect and its reply; without it both are one step.
+    """
+
+    name: str
+    policy: Policy
+    copies: int = 2
+    deliveries: int = 2
+    faults: Mapping[Fault, int] = field(default_factory=dict)
+    most_faults: int = 1
+    behaviours: tuple[Behaviour, ...] = ()
+    every_reply: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether an outside effect must happen at most once."""
+        return self.policy.on_crash == "hold"
+
+
+def policy(on_crash: OnCrash = "rerun", **fields: Any) -> Policy:
+    """Return a policy with short times for explored handlers."""
+    times: PolicyFields = {"lease": LEASE, "max_hold": 600.0, "retention": RETENTION, "cache_ttl": RETENTION}
+    safe = (RetryError,) if on_crash == "hold" else ()
+    return Policy(on_crash=on_crash, max_crashes=None, safe_to_retry=safe).replace(**times).replace(**fields)

@@ -1,0 +1,722 @@
+"""One execution: workers, their deliveries and heartbeats, both tiers, the broker, and a clock that stands still.
+
+All that is explored is the shipped code: `task.perform`, `TieredStore`, `Heartbeat`, the shield of `runtime.Blocking`,
+and the memory tiers, which keep the contract that the Redis and SQL tiers keep. The world only decides who goes on
+next, and what is lost on the way. It is given one `Action` at a time, and says in words what came of it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections import Counter
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from typing import Any, NamedTuple, cast
+
+from idem_tasks.call import Call, Services
+from idem_tasks.claims import (
+    ClaimRequest,
+    EncodedOutcome,
+    Finished,
+    Granted,
+    InProgress,
+    Record,
+    State,
+    current_claim,
+)
+from idem_tasks.errors import PUT_BACK, ConflictError, InDoubtError, ParkedError, StoreUnavailableError
+from idem_tasks.events import Announcer
+from idem_tasks.heartbeat import Heartbeat
+from idem_tasks.outcomes import JsonCodec
+from idem_tasks.runtime import Asyncio, Blocking, register_interruption, run_sync
+from idem_tasks.stores.base import MarkerFinished, MarkerPending, MarkerRunning
+from idem_tasks.stores.memory import MemoryStore
+from idem_tasks.stores.memory_marker import MemoryMarker
+from idem_tasks.stores.tiered import TieredStore
+from idem_tasks.task import perform
+from idem_tasks.testing.clock import ManualClock
+from idem_tasks.testing.explorer.laws import ENDED, WAITING, Law, Laws, Violation
+from idem_tasks.testing.explorer.scenario import (
+    LEASE,
+    RETENTION,
+    Behaviour,
+    Fault,
+    HandlerFailedError,
+    RetryError,
+    Scenario,
+)
+from idem_tasks.testing.stepped import Step, stepped_marker, stepped_record
+
+SCOPE, KEY, FINGERPRINT = "shop.charge", "A-1", "f" * 64
+T0 = 1_700_000_000.0
+"""Where every execution begins: seconds since the epoch."""
+
+ACTORS_STEPS = 400
+"""Steps of one actor after which it is taken to go round in a circle."""
+
+_AT_A_COMMAND: tuple[Fault, ...] = ("command lost",)
+_AT_A_REPLY: tuple[Fault, ...] = ("reply lost", "sent again")
+_AT_ANY_STEP: tuple[Fault, ...] = ("soft limit", "shutdown")
+_OF_THE_WORLD: tuple[Fault, ...] = (
+    "lease over",
+    "third of a lease over",
+    "retention over",
+    "markers lost",
+    "record lost",
+    "SQL down",
+    "Redis down",
+    "forget",
+    "resolve with an outcome",
+    "resolve with a rerun",
+    "purge",
+)
+_PEOPLE: tuple[Fault, ...] = ("forget", "resolve with an outcome", "resolve with a rerun", "purge")
+_codec = JsonCodec()
+
+
+class Action(NamedTuple):
+    """What the world is told to do next; `who` is the actor or worker that it is done to."""
+
+    what: str
+    who: str = ""
+
+
+class KilledError(BaseException):
+    """A process that is gone: nothing of it reaches anybody any more."""
+
+
+class SoftLimitError(Exception):
+    """Strikes at any step, as Celery's soft time limit does."""
+
+
+register_interruption(SoftLimitError)
+
+
+class _Stop:
+    """Suspends an actor at a step."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def __await__(self) -> Generator[Step, bool, bool]:
+        return (yield self._step)
+
+
+class Runtime(Blocking):
+    """The blocking runtime, whose handler and pauses can be suspended."""
+
+    invoke = Asyncio.invoke
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def can_wait(self, *, after: BaseException) -> bool:
+        """Say no for a process that is gone."""
+        return not isinstance(after, KilledError)
+
+    async def sleep(self, seconds: float) -> None:
+        """Stop until the world goes on with this actor; then that many seconds have passed for all."""
+        await self._worker.reach(Step("clock", "sleep", "before", seconds))
+
+
+class _Heartbeat(Heartbeat):
+    """The heartbeat, which beats when the world says so."""
+
+    def _wake_by(self, time: float) -> None:
+        pass
+
+    def is_due(self, now: float) -> bool:
+        due = self._due_at()
+        return due is not None and due <= now
+
+    @property
+    def is_needed(self) -> bool:
+        return self._due_at() is not None
+
+
+class Worker:
+    """One process: a store of its own on the shared tiers, and a heartbeat."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.dead = False
+        self.reply: str | None = None
+        """What becomes of the next reply, where the world does not stop at each."""
+        announce = Announcer(())
+        self.store = TieredStore(
+            stepped_marker(world.watched_marker, self.reach), stepped_record(world.watched_record, self.reach)
+        )
+        self.heartbeat = _Heartbeat(self.store, announce)
+        self.services = Services(self.store, self.heartbeat, announce, _codec, Runtime(self))
+
+    async def reach(self, step: Step) -> bool:
+        """Stop at a step of whatever runs in this process."""
+        if self.dead:
+            raise KilledError
+        if step.when == "before" or self.world.scenario.every_reply:
+            return await _Stop(step)
+        fault, self.reply = self.reply, None
+        self.world.log[-1] += f" -> {_words_of(step.answer)}"
+        if fault == "reply lost":
+            raise StoreUnavailableError("the reply was lost")
+        return fault == "sent again"
+
+
+class Actor:
+    """A coroutine of a worker that waits at a step."""
+
+    def __init__(self, name: str, worker: Worker, coroutine: Coroutine[Any, Any, None]) -> None:
+        self.name = name
+        self.worker = worker
+        self.coroutine = coroutine
+        self.context = contextvars.Context()
+        self.step: Step | None = None
+        self.steps = 0
+        self.trail = 0
+        """A hash of all it was told: its local state follows from that."""
+        self.holds_message = False
+        self.first_epoch = 0
+
+    def resume(self, world: World, reply: bool | BaseException | None) -> None:
+        """Go on to the next step or to the end."""
+        world.going_on(self.name)
+        self.steps += 1
+        if self.steps > ACTORS_STEPS:
+            raise Violation(Law.KNOWN_ENDINGS, f"{self.name} went round in a circle")
+        told = type(reply).__name__ if isinstance(reply, BaseException) else (reply, self.worker.reply)
+        step = self.step
+        seen = None if step is None else (step.tier, step.verb, step.when, _summary(step.answer))
+        self.trail = hash((self.trail, seen, told, world.clock()))
+        self.step = None
+        try:
+            if isinstance(reply, BaseException):
+                self.step = self.context.run(self.coroutine.throw, reply)
+            else:
+                self.step = self.context.run(self.coroutine.send, reply)
+        except (StopIteration, KilledError):
+            del world.actors[self.name]
+
+
+class World:
+    """One execution of a scenario."""
+
+    def __init__(self, scenario: Scenario, clock: ManualClock) -> None:
+        clock.set(T0)
+        self.scenario = scenario
+        self.clock = clock
+        self.record = MemoryStore(clock)
+        self.marker = MemoryMarker(clock)
+        self.laws = Laws(holds=scenario.holds, record_may_be_lost="record lost" in scenario.faults)
+        self.watched_record = _Watched(self.record, self._record_command)
+        self.watched_marker = _Watched(self.marker, self._marker_command)
+        self.workers: dict[str, Worker] = {}
+        self.actors: dict[str, Actor] = {}
+        self.ready = scenario.copies
+        self.begun = 0
+        self.runs = 0
+        self.down: set[str] = set()
+        self.left: Counter[Fault] = Counter({fault: count for fault, count in scenario.faults.items() if count})
+        self.faults_left = scenario.most_faults
+        self.log: list[str] = []
+        self._last_seen: Record | None = None
+        self._people = 0
+        self._decided: dict[str, int] = {}
+        self._going = ""
+        self._unfinished: list[Fault] = []
+
+    # What can happen now
+
+    def actions(self) -> list[Action]:
+        """Return all that can happen next, in a fixed order: first what goes well, then the faults."""
+        goes = [Action("go", name) for name in self.actors]
+        if self.ready and self.begun < self.scenario.deliveries:
+            goes.append(Action("deliver"))
+        goes += [
+            Action("beat", worker.name)
+            for worker in self.workers.values()
+            if not worker.dead and f"{worker.name}'s heartbeat" not in self.actors
+            if worker.heartbeat.is_due(self.clock())
+        ]
+        goes += [Action(f"{server} up") for server in sorted(self.down)]
+        return goes + (list(self._faults()) if self.faults_left else [])
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing goes on any more, but for faults."""
+        return not self.actors and not (self.ready and self.begun < self.scenario.deliveries)
+
+    def _faults(self) -> Iterator[Action]:
+        left = self.left
+        for name, actor in self.actors.items():
+            step = actor.step
+            assert step is not None
+            if step.tier in ("marker", "record"):
+                at_once = _AT_A_COMMAND if self.scenario.every_reply else (*_AT_A_COMMAND, *_AT_A_REPLY)
+                for fault in at_once if step.when == "before" else _AT_A_REPLY:
+                    if left[fault]:
+                        yield Action(fault, name)
+            if actor.holds_message:
+                if left["delivered again"]:
+                    yield Action("delivered again", name)
+                if step.tier != "broker":
+                    for fault in _AT_ANY_STEP:
+                        if left[fault]:
+                            yield Action(fault, name)
+        if left["killed"]:
+            for worker in self.workers.values():
+                if not worker.dead and (worker.heartbeat.is_needed or self._actors_of(worker)):
+                    yield Action("killed", worker.name)
+        for fault in _OF_THE_WORLD:
+            if left[fault] and self._can_happen(fault):
+                yield Action(fault)
+
+    def _can_happen(self, fault: Fault) -> bool:
+        match fault:
+            case "markers lost":
+                return bool(self.marker._markers)  # noqa: SLF001 - simulated by it
+            case "record lost":
+                return bool(self.record._rows)  # noqa: SLF001 - simulated by it
+            case "SQL down" | "Redis down":
+                return fault.split()[0] not in self.down
+            case "purge":
+                return self._last_seen is not None and self._last_seen.expires_at.timestamp() < self.clock()
+            case "resolve with an outcome" | "resolve with a rerun":
+                return self._last_seen is not None and self._last_seen.state not in ENDED
+            case _:
+                return True
+
+    def _actors_of(self, worker: Worker) -> list[Actor]:
+        return [actor for actor in self.actors.values() if actor.worker is worker]
+
+    # Let it happen
+
+    def act(self, action: Action) -> None:
+        """Do it, and log in words what came of it. Raises `Violation`."""
+        what, who = action
+        if what in self.left:
+            self.left[what] -= 1  # type: ignore[index] # it is a fault
+            self.faults_left -= 1
+        match what:
+            case "go":
+                self._go_on(self.actors[who])
+            case "deliver":
+                self._deliver()
+            case "beat":
+                self.log.append(f"{who}'s heartbeat begins")
+                worker = self.workers[who]
+                self._begin(f"{who}'s heartbeat", worker, worker.heartbeat.beat())
+            case "SQL up" | "Redis up":
+                self.down.discard(what.split()[0])
+                self.log.append(f"{what.split()[0]} can be reached again")
+            case "killed":
+                self._kill(who)
+            case _ if who:
+                self._strike(what, self.actors[who])
+            case _:
+                self._happen(cast(Fault, what))
+        if self.laws.violation is not None:
+            raise self.laws.violation
+
+    def _go_on(self, actor: Actor, *, again: bool = False) -> None:
+        step = actor.step
+        assert step is not None
+        self.log.append(f"{actor.name}: {_words(step)}")
+        if step.tier == "clock":
+            self.clock.advance(step.answer)
+        server = {"record": "SQL", "marker": "Redis"}.get(step.tier)
+        if server in self.down and step.when == "before":
+            self.log[-1] += f" - {server} cannot be reached"
+            actor.resume(self, StoreUnavailableError(f"{server} is down"))
+        else:
+            actor.resume(self, again)
+
+    def _strike(self, fault: str, actor: Actor) -> None:
+        step = actor.step
+        assert step is not None
+        match fault:
+            case "command lost":
+                self.log.append(f"{actor.name}: {_words(step)} - the command is LOST")
+                actor.resume(self, StoreUnavailableError("the command was lost"))
+            case "reply lost" | "sent again" if step.when == "before":
+                words = "the reply is LOST" if fault == "reply lost" else "the client SENDS AGAIN"
+                self.log.append(f"{actor.name}: {_words(step)} - {words}")
+                actor.worker.reply = fault
+                actor.resume(self, reply=False)
+            case "reply lost":
+                self.log.append(f"{actor.name}: {_words(step)} - the reply is LOST")
+                actor.resume(self, StoreUnavailableError("the reply was lost"))
+            case "sent again":
+                self.log.append(f"{actor.name}: {_words(step)} - the reply is lost, and the client SENDS AGAIN")
+                actor.resume(self, reply=True)
+            case "soft limit":
+                self.log.append(f"{actor.name}: a SOFT LIMIT strikes at: {_words(step)}")
+                actor.resume(self, SoftLimitError())
+            case "shutdown":
+                self.log.append(f"{actor.name}: a SHUTDOWN strikes at: {_words(step)}")
+                actor.resume(self, SystemExit())
+            case "delivered again":
+                self.log.append(f"the broker DELIVERS AGAIN what {actor.name} still has")
+                self.ready += 1
+
+    def _happen(self, fault: Fault) -> None:
+        self.log.append(f"*** {fault}")
+        match fault:
+            case "lease over":
+                self.clock.advance(LEASE + 0.001)
+                self.log[-1] = "*** more than a lease passes, nobody does anything: all leases are over"
+            case "third of a lease over":
+                self.clock.advance(LEASE / 3 + 0.001)
+            case "retention over":
+                self.clock.advance(RETENTION + 600 + LEASE)
+            case "markers lost":
+                self.marker._markers.clear()  # noqa: SLF001 - simulated by it
+            case "record lost":
+                self.record._rows.clear()  # noqa: SLF001 - simulated by it
+                self._last_seen = None
+                self.laws.record_was_lost()
+            case "SQL down" | "Redis down":
+                self.down.add(fault.split()[0])
+            case _:
+                self._people += 1
+                name = f"person {self._people}"
+                self._begin(name, self._worker(name), self._person(fault, name))
+
+    def _kill(self, who: str) -> None:
+        worker = self.workers[who]
+        self.log.append(f"{worker.name} is KILLED")
+        worker.dead = True
+        for actor in self._actors_of(worker):
+            if actor.holds_message:
+                self.ready += 1
+                self.log[-1] += ": the broker has its message again"
+            actor.resume(self, KilledError())
+
+    def _worker(self, name: str) -> Worker:
+        return self.workers.setdefault(name, Worker(self, name))
+
+    def _begin(self, name: str, worker: Worker, coroutine: Coroutine[Any, Any, None]) -> Actor:
+        actor = self.actors[name] = Actor(name, worker, coroutine)
+        actor.first_epoch = self.laws.first_open_epoch
+        actor.resume(self, None)
+        return actor
+
+    # A delivery
+
+    def _deliver(self) -> None:
+        self.ready -= 1
+        self.begun += 1
+        number = self.begun
+        name = f"delivery {number}"
+        self.log.append(f"{name} begins")
+        worker = self._worker(f"worker {number}")
+        actor = self.actors[name] = Actor(name, worker, self._delivery(name, worker))
+        actor.first_epoch = self.laws.first_open_epoch
+        actor.holds_message = True
+        actor.resume(self, None)
+
+    async def _delivery(self, name: str, worker: Worker) -> None:
+        """What a consumer does with a message: it acknowledges what returned, and publishes again what must come."""
+        actor = self.actors[name]
+        first_epoch = actor.first_epoch
+        request = ClaimRequest(SCOPE, KEY, FINGERPRINT, name, self.scenario.policy)
+        call = Call(request, worker.services, lambda: str)
+        try:
+            outcome = await perform(call, self._handler(name, worker), (), {})
+        except PUT_BACK as error:
+            await worker.reach(Step("broker", f"{type(error).__name__}: publish the message again", "before"))
+            self.ready += 1
+        except (InDoubtError, ParkedError) as error:
+            self.laws.acknowledged_without_outcome(name, type(error).__name__, first_epoch=first_epoch)
+        except RetryError:
+            pass  # it published the message itself
+        except SystemExit:
+            self.ready += 1  # the worker goes, and the broker has its message again
+            actor.holds_message = False
+            worker.dead = True
+            return
+        except self.scenario.policy.record_failures as error:
+            self.laws.answered(name, str(error), first_epoch=first_epoch)
+            self.log.append(f"{name} is given the failure {error!r}")
+        except (HandlerFailedError, SoftLimitError):
+            await worker.reach(Step("broker", "the handler failed: deliver again, by the broker's own rules", "before"))
+            self.ready += 1
+            actor.holds_message = False
+            return
+        except KilledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is a find
+            self.laws.unknown_ending(name, error)
+        else:
+            self.laws.answered(name, outcome, first_epoch=first_epoch)
+            self.log.append(f"{name} is given the outcome {outcome!r}")
+        await worker.reach(Step("broker", "acknowledge", "before"))
+        actor.holds_message = False
+
+    def _handler(self, name: str, worker: Worker) -> Callable[[], Coroutine[Any, Any, str]]:
+        async def handler() -> str:
+            self.laws.handler_began(name, current_claim().fencing_token)
+            behaviours, run = self.scenario.behaviours, self.runs
+            self.runs += 1
+            behaviour: Behaviour = behaviours[run] if run < len(behaviours) else "return"
+            if behaviour == "raise before its effect":
+                raise HandlerFailedError(f"failure of {name}")
+            await worker.reach(Step("handler", "its effect", "before"))
+            self.laws.effect(name)
+            if behaviour == "raise":
+                raise HandlerFailedError(f"failure of {name}")
+            if behaviour == "retry":
+                await worker.reach(Step("handler", "publishes the message again", "before"))
+                self.ready += 1
+                raise RetryError
+            await worker.reach(Step("handler", "returns", "before"))
+            self.laws.handler_returned(name)
+            return f"outcome of {name}"
+
+        return handler
+
+    # A person
+
+    async def _person(self, what: Fault, name: str) -> None:
+        store = self._worker(name).store
+        self._unfinished.append(what)
+        try:
+            match what:
+                case "forget":
+                    await store.forget(SCOPE, KEY)
+                case "purge":
+                    await store.purge(limit=10, grace=0.0)
+                case "resolve with an outcome":
+                    await store.resolve(SCOPE, KEY, EncodedOutcome(body=b'"what a person says"', codec="json"))
+                case "resolve with a rerun":
+                    await store.resolve(SCOPE, KEY, None)
+        except ConflictError as refused:
+            self.log.append(f"{name}: refused, {type(refused).__name__}")
+        except StoreUnavailableError:
+            self.log.append(f"{name}: is told that it is unfinished")
+            return
+        self._unfinished.remove(what)
+        if name in self._decided:
+            self.laws.person_is_done(self._decided[name])
+
+    # What the laws see
+
+    async def _record_command(self, verb: str, effect: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before, epoch = self._last_seen, self.laws.epoch
+        answer = await effect(*args, **kwargs)
+        after = self._last_seen = run_sync(self.record.get(SCOPE, KEY))
+        match verb:
+            case "claim" | "finish" | "release":
+                owner = args[0].owner
+            case "write_through":
+                owner = args[2].owner
+            case _:
+                owner = ""
+        if before != after:
+            self.laws.record_changed(verb, owner, before, after, self.clock())
+            if self.laws.epoch > epoch:
+                self._decided.setdefault(self._going, epoch)
+        return answer
+
+    async def _marker_command(self, verb: str, effect: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before = self._marker_now()
+        answer = await effect(*args, **kwargs)
+        after = self._marker_now()
+        match verb:
+            case "take" | "keep":
+                owner = args[0].owner
+            case "give_back" | "publish":
+                owner = args[2]
+            case "renew_markers":
+                owner = next((lease.owner for lease in args[0] if after and lease.owner == after[1]), "")
+            case _:
+                owner = ""
+        self.laws.marker_changed(verb, owner, before, after)
+        return answer
+
+    def _marker_now(self) -> tuple[str, str] | None:
+        standing = self.marker._standing((SCOPE, KEY), self.clock())  # noqa: SLF001 - simulated by it
+        if standing is None:
+            return None
+        kind = type(standing).__name__.strip("_").lower()
+        lease = getattr(standing, "lease", None)
+        return kind, getattr(standing, "owner", "") if lease is None else lease.owner
+
+    def going_on(self, name: str) -> None:
+        """Note whose commands come next."""
+        self._going = name
+
+    # The end
+
+    def close(self) -> None:
+        """End all that waits: a coroutine that is only forgotten would run on into its `finally`."""
+        for worker in self.workers.values():
+            worker.dead = True
+        for actor in list(self.actors.values()):
+            actor.resume(self, KilledError())
+
+    def settle(self) -> None:
+        """Let everything be reachable, all leases run out and all messages be answered, and one more copy come.
+
+        Raises `Violation` when a message is not answered, or a key stays in progress.
+        """
+        self.down.clear()
+        self.log.append("--- from here on nothing goes wrong any more")
+        self._run_down()
+        for what in self._unfinished[:]:  # a person who is told so, or is cut off, does it again once no lease lives
+            self.clock.advance(LEASE + 0.001)
+            self._happen(what)
+            self._run_down()
+        self.ready += 1
+        for _ in range(12):
+            if not self.ready:
+                break
+            self.clock.advance(LEASE + 0.001)
+            before = self.ready
+            for _ in range(before):
+                self.act(Action("deliver"))
+                self._run_down()
+        else:
+            raise Violation(Law.NOT_STUCK, f"{self.ready} copies are still put back after 12 leases")
+        record = self._last_seen
+        if "record lost" in self.scenario.faults:
+            return  # and with it an outcome that all were given
+        if record is None or record.state not in (*ENDED, *WAITING):
+            state = "is gone" if record is None else f"is {record.state.value}"
+            raise Violation(Law.NO_MESSAGE_LOST, f"all copies were acknowledged, and the record {state}")
+
+    def _run_down(self) -> None:
+        for _ in range(ACTORS_STEPS):
+            if self.actors:
+                self.act(Action("go", next(iter(self.actors))))
+                continue
+            due = [w for w in self.workers.values() if not w.dead and w.heartbeat.is_due(self.clock())]
+            if not due:
+                return
+            self.act(Action("beat", due[0].name))
+        raise Violation(Law.KNOWN_ENDINGS, "something went round in a circle")
+
+    def key(self) -> int:
+        """Return a hash of all that the rest of this execution depends on."""
+        standing = self.marker._markers.get((SCOPE, KEY))  # noqa: SLF001 - simulated by it
+        return hash(
+            (
+                None if self._last_seen is None else _record_summary(self._last_seen),
+                _marker_summary(standing),
+                tuple((name, actor.trail, actor.holds_message) for name, actor in sorted(self.actors.items())),
+                tuple((w.name, w.dead, _heartbeat_summary(w.heartbeat)) for w in self.workers.values()),
+                (self.ready, self.begun, self.runs, frozenset(self.down), self.clock(), self._people),
+                tuple(self._unfinished),
+                (self.faults_left, frozenset(self.left.items())),
+                self.laws.summary(),
+            )
+        )
+
+
+class _Watched:
+    """A tier of which the laws see every command, before and after it takes effect."""
+
+    def __init__(self, tier: Any, watch: Callable[..., Any]) -> None:
+        self.runtimes = tier.runtimes
+        self._tier = tier
+        self._watch = watch
+
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        effect = getattr(self._tier, verb)
+
+        async def watched(*args: Any, **kwargs: Any) -> Any:
+            return await self._watch(verb, effect, args, kwargs)
+
+        self.__dict__[verb] = watched
+        return watched
+
+
+# In words, and in short
+
+
+def _words(step: Step) -> str:
+    match step.tier, step.when:
+        case "clock", _:
+            return f"waits {step.answer:g} s"
+        case "marker" | "record", "before":
+            return f"asks the {step.tier}: {step.verb}"
+        case "marker" | "record", _:
+            return f"the {step.tier} has done {step.verb}, and answers: {_words_of(step.answer)}"
+        case "handler", _:
+            return f"the handler: {step.verb}"
+        case _:
+            return step.verb
+
+
+def _words_of(answer: Any) -> str:
+    match answer:
+        case Granted(lease):
+            return f"granted, fencing token T0+{lease.fencing_token - int(T0 * 1e6)}"
+        case MarkerFinished(finished):
+            return f"finished, {_text(finished.outcome)}"
+        case Finished():
+            return f"finished, {_text(answer.outcome)}"
+        case MarkerPending():
+            return f"pending, {_text(answer.outcome)} of {answer.owner}"
+        case None:
+            return "done"
+        case str() | bool() | frozenset() | list():
+            return str(answer)
+        case Record():
+            return answer.state.value
+        case _:
+            return type(answer).__name__
+
+
+def _text(outcome: EncodedOutcome) -> str:
+    return outcome.error_type or "nothing" if outcome.body is None else outcome.body.decode()
+
+
+def _summary(answer: Any) -> Any:
+    """Return what an actor can learn from an answer."""
+    match answer:
+        case Granted(lease):
+            return "granted", lease.fencing_token, lease.attempts, lease.crashes, lease.failures, lease.taken_over
+        case MarkerFinished(finished):
+            return "finished", finished.outcome, finished.expires_in
+        case Finished():
+            return "finished", answer.outcome, answer.expires_in
+        case MarkerPending():
+            return "pending", answer.owner, answer.fencing_token, answer.outcome
+        case MarkerRunning(retry_after) | InProgress(retry_after):
+            return "in progress", retry_after
+        case list() | tuple() | set():
+            return len(answer)
+        case Record():
+            return _record_summary(answer)
+        case _:
+            return repr(answer)
+
+
+def _record_summary(record: Record) -> tuple[Any, ...]:
+    return (
+        record.state,
+        record.fencing_token,
+        record.owner,
+        record.attempts,
+        record.failures,
+        record.crashes,
+        record.generation,
+        record.lease_expires_at,
+        record.expires_at,
+        record.outcome,
+    )
+
+
+def _marker_summary(marker: Any) -> tuple[Any, ...]:
+    if marker is None:
+        return ()
+    kind = type(marker).__name__
+    lease, finished = getattr(marker, "lease", None), getattr(marker, "finished", None)
+    owner = getattr(marker, "owner", "") if lease is None else (lease.owner, marker.outcome)
+    return kind, owner, None if finished is None else finished.outcome, marker.expires_at
+
+
+def _heartbeat_summary(heartbeat: _Heartbeat) -> tuple[Any, ...]:
+    held = tuple((owner, claim.deadline, claim.renew_at, claim.lost) for owner, claim in heartbeat._held.items())  # noqa: SLF001
+    pending = tuple((owner, waiting.try_at, waiting.pause) for owner, waiting in heartbeat._pending.items())  # noqa: SLF001
+    return held, pending
