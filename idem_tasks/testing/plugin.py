@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,9 +28,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the seed here, before pytest-xdist hands the options to its workers: all get the same one."""
+    """Choose the seed, in a worker of pytest-xdist the one that was chosen for all."""
     if config.option.idem_seed is None:
-        config.option.idem_seed = secrets.randbelow(2**32)
+        handed = getattr(config, "workerinput", {}).get("idem_seed")
+        config.option.idem_seed = secrets.randbelow(2**32) if handed is None else handed
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Hand the seed to a worker of pytest-xdist."""
+    node.workerinput["idem_seed"] = node.config.option.idem_seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:
