@@ -130,7 +130,7 @@ def _sql_was_away(run: Run, next_run: Started, fault: Fault, lease: float) -> bo
         and (run.answered_at is None or fault.at <= run.answered_at)
         and fault.until >= run.started.at
         and fault.until - max(fault.at, run.started.at) >= rest
-        and fault.at + rest <= next_run.at <= fault.until + LONGEST_PAUSE
+        and fault.until - SLACK <= next_run.at <= fault.until + LONGEST_PAUSE  # a claim needs SQL too
     )
 
 

@@ -297,6 +297,11 @@ def broker_away(order: Order) -> None:
     order.made.faults[0] = replace(order.made.faults[0], target=f"{SHOP} broker")
 
 
+def taken_over_while_sql_was_away(order: Order) -> None:
+    order.unrenewed(1.0)
+    order.made.faults[0] = replace(order.made.faults[0], until=BEGAN + 8.0)
+
+
 def sql_back_long_ago(order: Order) -> None:
     order.cut_off(1.0)
     made = order.made
@@ -464,6 +469,7 @@ BROKEN_CHARGES: dict[str, list[Callable[[Order], None]]] = {
         sql_of_the_other_shop,
         markers_of_the_other_shop,
         broker_away,
+        taken_over_while_sql_was_away,
         sql_back_long_ago,
         effect_twice_in_one_run,
     ],
