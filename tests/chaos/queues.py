@@ -22,6 +22,8 @@ def celery_settings(broker: Broker, *, url: str) -> dict[str, Any]:
     if not isinstance(broker.server, RabbitMQServer):
         transport = {
             "visibility_timeout": VISIBILITY_TIMEOUT,
+            # A worker killed while it restores messages would keep all others from it for 300 s.
+            "unacked_mutex_expire": 5,
             "unacked_restore_interval": 1,
             "unacked_restore_throttle": 1,
         }

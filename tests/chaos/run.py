@@ -189,6 +189,7 @@ class Show:
             seconds=self._seconds,
             began=self._began,
             ended=ended,
+            lease=LEASE,
             published=published,
             started=self._ledger.rows(Started),
             effects=self._ledger.rows(Effect),
@@ -196,7 +197,6 @@ class Show:
             faults=tuple(sorted(self._faults.told, key=lambda fault: fault.at)),
             kept=tuple(kept for shop in self._shops for kept in kept_by(shop.premises, published)),
             left_in_queues=left,
-            lease=LEASE,
         )
 
     def _say_how_it_goes(self, left: dict[str, int] | None = None) -> None:
