@@ -29,8 +29,8 @@ SERVERS = {
 }
 """The fixtures by which a test gets a server, or workers."""
 
-SIGNALS = {"kill": "SIGKILL", "pause": "SIGSTOP"}
-"""What is done to a process by a call without arguments, or by `os.kill` with this signal."""
+SIGNALS = {"kill": "SIGKILL", "pause": "SIGSTOP", "quit": "SIGQUIT"}
+"""What a process is sent by these calls without arguments, or by the signal's own name."""
 
 _NUMBER = re.compile(r"\bF([1-9]\d?)\b")
 _MENTION = re.compile(r"^(?:F\d+(?:, )?)+: | \((?:F\d+(?:, )?)+\)")
@@ -80,7 +80,7 @@ def promise_of(docstring: str) -> str:
     paragraph = " ".join(docstring.split("\n\n", maxsplit=1)[0].split())
     sentence = re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
     plain = _MENTION.sub("", sentence)
-    return plain[0].upper() + plain[1:]
+    return plain[0].upper() + plain[1:] if plain.split(maxsplit=1)[0].isalpha() else plain
 
 
 @cache
@@ -156,44 +156,52 @@ def reached(source: Source, *nodes: ast.stmt | None) -> set[str]:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        for name in names_in(node):
-            named.add(name)
-            left += found_as(name, where)
+        for part in parts_of(node):
+            match part:
+                case ast.arg(arg="shop" | "own_shop"):
+                    named |= {WORKERS, "celery_redis", "broker_urls"}
+                case ast.arg(arg=name):
+                    named.add(name)
+                    left += fixtures_named(name, where)
+                case ast.Name(id=name) if name in where.names and not is_fixture(where.names[name]):
+                    left.append((where, where.names[name]))
+                case ast.Constant(value=str(word)):
+                    named.add(word)
+                    left += tasks_named(word, where)
+                case ast.Attribute(attr=name) if name in SIGNALS.values():
+                    named.add(name)
+                case ast.Call(func=ast.Attribute(attr=name), args=[], keywords=[]) if name in SIGNALS:
+                    named.add(SIGNALS[name])
+                case _:
+                    pass
     return named
 
 
-def names_in(node: ast.stmt) -> Iterator[str]:
+def parts_of(node: ast.stmt) -> Iterator[ast.AST]:
+    inner = [node]
     if isinstance(node, ast.ClassDef):  # a test's class gives fixtures; its other tests are not this test
-        inner = [
-            each for each in node.body if not (isinstance(each, ast.FunctionDef) and each.name.startswith("test_"))
-        ]
-    else:
-        inner = [node]
-    for each in (part for one in inner for part in ast.walk(one)):
-        match each:
-            case ast.arg(arg="shop" | "own_shop"):
-                yield WORKERS
-                yield from ("celery_redis", "broker_urls")
-            case ast.arg(arg=name) | ast.Name(id=name) | ast.Constant(value=str(name)):
-                yield name
-            case ast.Attribute(attr="SIGKILL" | "SIGSTOP" as name):
-                yield name
-            case ast.Call(func=ast.Attribute(attr=name), args=[], keywords=[]) if name in SIGNALS:
-                yield SIGNALS[name]
+        inner = [each for each in node.body if not getattr(each, "name", "").startswith("test_")]
+    return (part for each in inner for part in ast.walk(each))
 
 
-def found_as(name: str, source: Source) -> Iterator[tuple[Source, ast.stmt]]:
-    """What a name means in this file: something of its own, a fixture of a conftest above it, or a task."""
-    if name in source.names:
-        yield source, source.names[name]
-        return
-    for folder in source.path.parents:
-        for file in (folder / "conftest.py", folder / "shop.py"):  # the tasks that Celery's tests send by name
-            if file.exists() and name in (other := source_of(file)).names:
-                yield other, other.names[name]
-                return
-        if folder == REPOSITORY:
+def is_fixture(node: ast.stmt) -> bool:
+    return "pytest.fixture" in "".join(map(ast.unparse, getattr(node, "decorator_list", [])))
+
+
+def fixtures_named(name: str, source: Source) -> Iterator[tuple[Source, ast.stmt]]:
+    """The fixture of this name: of the file itself, or of the nearest conftest above it."""
+    files = [source.path, *(folder / "conftest.py" for folder in source.path.parents if REPOSITORY in folder.parents)]
+    for file in files:
+        if file.exists() and is_fixture(found := source_of(file).names.get(name, ast.Pass())):
+            yield source_of(file), found
             return
+
+
+def tasks_named(word: str, source: Source) -> Iterator[tuple[Source, ast.stmt]]:
+    """The Celery task that a test sends by this name."""
+    shop = source.path.parent / "shop.py"
+    if shop.exists() and isinstance(task := source_of(shop).names.get(word), ast.FunctionDef):
+        yield source_of(shop), task
 
 
 def only_on_redis(*marks: ast.stmt | None) -> bool:

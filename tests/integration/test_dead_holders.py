@@ -62,7 +62,7 @@ def holder(url: str, use: StoreInUse) -> Iterator[subprocess.Popen[str]]:
         assert process.stdout is not None
         assert process.stdout.readline() == "holds\n"
         yield process
-        process.kill()
+        process.terminate()
 
 
 def test_a_dead_process_keeps_its_key_until_its_lease_is_over(use: StoreInUse, holder: subprocess.Popen[str]) -> None:

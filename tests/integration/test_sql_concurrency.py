@@ -123,13 +123,13 @@ def test_the_clock_is_the_statements(postgres_url: str) -> None:
 @pytest.mark.parametrize("hours", [-1000, 1000])
 def test_a_workers_clock_decides_nothing(use: StoreInUse, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
     """A lease is as long as it should be for workers whose clocks are wrong by weeks (F9)."""
-    lease = use.granted(lease=SHORT)
+    lease = use.granted(lease=1.0)
     right = time.time
     monkeypatch.setattr(time, "time", lambda: right() + hours * 3600)
     assert isinstance(use.claim(), InProgress)
     assert use.renew(lease) == {lease.owner}
     assert isinstance(use.claim(), InProgress)
-    token = use.taken_over(lease=SHORT).fencing_token
+    token = use.taken_over().fencing_token
     assert abs(token / 1_000_000 - right()) < 60
 
 

@@ -44,7 +44,7 @@ def use(request: pytest.FixtureRequest) -> Iterator[StoreInUse]:
 def test_a_key_has_one_record_in_all_partitions(use: StoreInUse) -> None:
     """It is granted once, whatever its state and time are by then, and taken over once (F13)."""
     for key in KEYS:
-        lease = use.granted(key, lease=SHORT)
+        lease = use.granted(key)
         assert isinstance(use.claim(key), InProgress)
         use.release(lease)
         assert isinstance(use.claim(key, lease=SHORT), Granted)
