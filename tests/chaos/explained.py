@@ -73,7 +73,7 @@ class Explained:
 
 def explain(run: Run, next_run: Started, faults: Iterable[Fault], lease: float) -> tuple[Fault, ...]:
     """Return the faults by which a later run may repeat the effect of `run`; () if none. `next_run` follows it."""
-    if not next_run.taken_over or next_run.fencing_token <= run.started.fencing_token:
+    if not next_run.taken_over:
         return ()
     faults = tuple(faults)
     for fault in faults:

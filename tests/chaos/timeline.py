@@ -56,7 +56,7 @@ def draw(history: History, verdict: Verdict, file: Path) -> None:
 
 
 def _title(history: History, verdict: Verdict) -> str:
-    kept = "every promise was kept" if verdict.good else f"{len(verdict.problems)} promises were broken"
+    kept = "every promise was kept" if verdict.good else "promises were broken"
     return f"Chaos, seed {history.seed}: {kept}"
 
 
@@ -80,7 +80,7 @@ def _draw_rates(axes: Axes, history: History) -> None:
         axes.plot(
             middles, [count / step for count in counts], color=colour, linestyle=style, linewidth=1.7, label=label
         )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.08)  # with room for a word above
     axes.set_ylabel("a second", color=INK)
     axes.set_title("What flowed", loc="left", fontsize=10, color=INK)
     axes.grid(axis="y", color=FAINT)
@@ -125,7 +125,7 @@ def _marks(history: History, verdict: Verdict) -> list[Mark]:
     rows: list[Mark] = [
         ("taken over", [row.at for row in history.started if row.taken_over], INK, "|"),
         ("effect repeated, explained", [repeat.second.at for repeat in verdict.explained], PURPLE, "D"),
-        ("in doubt", list(first_heard["InDoubtError"].values()), BLACK, "s"),
+        ("put in doubt", list(first_heard["InDoubtError"].values()), BLACK, "s"),
         ("parked", list(first_heard["ParkedError"].values()), BLUE, "^"),
         (
             "promise broken",
