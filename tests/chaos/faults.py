@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -23,6 +24,8 @@ from tests.services.postgres_server import PostgresServer
 from tests.services.waiting import wait_until
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 LEASE = 2.5
 """Seconds; of the handlers."""
@@ -56,11 +59,11 @@ class Faults:
 
     def __init__(self, shops: Sequence[Shop], ledger_url: str) -> None:
         self.told: list[Fault] = []
+        self.failed: list[str] = []  # faults that could not be done or mended
         self._shops = shops
         self._ledger_url = ledger_url
         self._over = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=12, thread_name_prefix="fault")
-        self._begun: list[Future[None]] = []
         self._kinds: dict[str, Callable[[Shop, Planned], None]] = {
             "child_killed": self._kill_child,
             "worker_killed": self._kill_worker,
@@ -76,18 +79,21 @@ class Faults:
 
     def begin(self, fault: Planned) -> None:
         """Do it, and do not wait for its end."""
-        self._begun.append(self._pool.submit(self._do, fault))
+        self._pool.submit(self._do, fault)
 
     def end(self) -> None:
-        """Mend everything and return; raises what went wrong with the faults themselves."""
+        """Mend everything, and begin nothing more."""
         self._over.set()
         self._pool.shutdown(wait=True)
-        for fault in self._begun:
-            fault.result()
 
     def _do(self, fault: Planned) -> None:
-        if not self._over.is_set():
-            self._kinds[fault.kind](self._shops[fault.shop], fault)
+        shop = self._shops[fault.shop]
+        try:
+            if not self._over.is_set():
+                self._kinds[fault.kind](shop, fault)
+        except Exception as error:
+            _logger.exception("%s of %s %s", fault.kind, shop.name, fault.part)
+            self.failed.append(f"{fault.kind} of {shop.name} {fault.part}: {error!r}")
 
     def _tell(self, fault: Planned, at: float, target: str, details: str = "", pids: Sequence[int] = ()) -> None:
         self.told.append(Fault(fault.kind, at, time.time(), target, tuple(pids), details))

@@ -54,17 +54,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = given.folder or Path(tempfile.mkdtemp(prefix="idem-tasks-chaos-"))
     (folder / "workers").mkdir(parents=True, exist_ok=True)
     say(f"seed {seed}, {given.seconds:g} s of faults, everything is kept in {folder}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped then too
-    told = chaos(given.seconds, seed, given.rate, folder)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # so that everything is stopped then too
+    try:
+        told, failed = chaos(given.seconds, seed, given.rate, folder)
+    except KeyboardInterrupt:
+        say(f"seed {seed}: interrupted; everything is stopped")
+        return 130
     history.write(told, folder / "history.jsonl")
     judged = verdict.judge(told)
     say(report.write(told, judged, folder).read_text())
+    say("".join(f"could not be done: {fault}\n" for fault in failed))
     say(f"seed {seed}: {'every promise was kept' if judged.good else 'A PROMISE WAS BROKEN'}; see {folder}")
-    return 0 if judged.good else 1
+    return 0 if judged.good and not failed else 1
 
 
-def chaos(seconds: float, seed: int, rate: float, folder: Path) -> History:
-    """Run it all, stop it all, and tell what happened."""
+def chaos(seconds: float, seed: int, rate: float, folder: Path) -> tuple[History, list[str]]:
+    """Run it all, stop it all; returns what happened, and which faults failed as such."""
     with contextlib.ExitStack() as cleaning:
         run = Run.begin()
         cleaning.callback(run.end)
@@ -84,7 +89,16 @@ def chaos(seconds: float, seed: int, rate: float, folder: Path) -> History:
         publishers = [new_publisher(shop.premises, seed=seed, seconds=seconds, rate=rate) for shop in shops]
         for publisher in publishers:
             cleaning.callback(publisher.stop)
-        return Show(seed, seconds, shops, publishers, ledger, servers.ledger.url).play()
+        faults = Faults(shops, servers.ledger.url)
+        cleaning.callback(faults.end)  # before the rest, or it would start again what is stopped
+        cleaning.callback(ignore_interruptions)
+        return Show(seed, seconds, shops, publishers, faults, ledger).play(), faults.failed
+
+
+def ignore_interruptions() -> None:
+    """What is being stopped is stopped to the end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def new_shop(run: Run, servers: Servers, premises: Premises, folder: Path) -> Shop:
@@ -118,22 +132,19 @@ class Show:
         seconds: float,
         shops: Sequence[Shop],
         publishers: Sequence[Publisher],
+        faults: Faults,
         ledger: Ledger,
-        ledger_url: str,
     ) -> None:
         self._seed, self._seconds = seed, seconds
-        self._shops, self._publishers, self._ledger = shops, publishers, ledger
-        self._faults = Faults(shops, ledger_url)
+        self._shops, self._publishers, self._faults, self._ledger = shops, publishers, faults, ledger
         self._began = time.time()
         self._next_line = 0.0
 
     def play(self) -> History:
         for publisher in self._publishers:
             publisher.start()
-        try:
-            self._strike()
-        finally:
-            self._faults.end()
+        self._strike()
+        self._faults.end()
         for publisher in self._publishers:
             publisher.end()
         left = self._settled()
