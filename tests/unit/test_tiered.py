@@ -163,14 +163,14 @@ def test_a_late_finish_publishes_what_was_recorded(tiers: Tiers) -> None:
 
 
 def test_the_marker_answers_no_longer_than_the_record(tiers: Tiers) -> None:
-    """For `cache_ttl`, and never past the record's retention (F16)."""
+    """For `cache_ttl`, and never past the record's retention, though a duplicate's own policy says longer (F16)."""
     tiers.finish(tiers.granted(retention=100, cache_ttl=50, max_hold=60))
     tiers.clock.advance(49)
     tiers.verbs()
     tiers.claim()
     assert tiers.verbs() == ["marker.take"]
     tiers.clock.advance(2)
-    assert isinstance(tiers.claim(retention=100), Finished)
+    assert isinstance(tiers.claim(retention=10_000, cache_ttl=10_000), Finished)
     assert tiers.verbs()[-1] == "record.claim"
     tiers.clock.advance(110)
     tiers.granted()
