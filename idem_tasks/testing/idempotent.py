@@ -35,6 +35,7 @@ _KILLED = {
     Place("marker", "take"): "before it claimed the record",
     _CLAIMED: "before its handler ran",
     _ENDED: "after its handler ended",
+    Place("record", "finish", "before"): "before its outcome was recorded",
     _RECORDED: "before its outcome was published",
     Place("marker", "publish"): "before it was acknowledged",
 }
@@ -203,13 +204,15 @@ def _as_sent(value: Any) -> Any:
 
 # What can happen to a message.
 
+_NOTHING_BETWEEN = {("take", "claim"), ("run", "finish"), ("finish", "publish")}
+"""After the first and before the second is one and the same place to die."""
+
 
 def _crash_points(places: list[Place]) -> Iterator[tuple[str, Script]]:
     """Yield what can happen on the way that an undisturbed delivery takes, in its order, and then the rest."""
     seen: Counter[str] = Counter()
     for at, place in enumerate(places):
-        # Between the answer of one tier and the question to the next, nothing happens.
-        if place.when == "before" and place.verb != "take":
+        if at > 0 and place.when == "before" and (places[at - 1].verb, place.verb) in _NOTHING_BETWEEN:
             continue
         name = f"killed {_where(place)}"
         seen[name] += 1
@@ -341,8 +344,6 @@ def _text(end: End) -> str:
     """Say in short what a delivery's caller got."""
     if end.how == "returned":
         return _shortened(reprlib.repr(end.value))
-    if end.how == "killed":
-        return "killed"
     if isinstance(end.value, InDoubtError):
         return "in doubt"
     if isinstance(end.value, ParkedError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 from idem_tasks.call import Services
 from idem_tasks.decorator import IdempotentFunction
@@ -122,6 +122,12 @@ def crash_point(name: str) -> None:
         delivery.pass_by(Place(USERS, name))
 
 
+def _current_delivery() -> Delivery:
+    delivery = _delivery.get()
+    assert delivery is not None, "a step outside of every delivery"
+    return delivery
+
+
 class Message:
     """A message and the world it is delivered in."""
 
@@ -188,11 +194,10 @@ class Message:
         return False
 
     async def _pass_by(self, tier: str, verb: str, when: Literal["before", "after"]) -> None:
-        delivery = _delivery.get()
-        if delivery is not None:
-            happening = delivery.pass_by(Place(tier, verb, when, nested=delivery.depth > 0))
-            if happening is not None:
-                await happening()
+        delivery = _current_delivery()
+        happening = delivery.pass_by(Place(tier, verb, when, nested=delivery.depth > 0))
+        if happening is not None:
+            await happening()
 
     def _services(self, idempotency: Idempotency, runtime: RuntimeName) -> Services:
         made = self._made.get((idempotency, runtime))
@@ -216,7 +221,7 @@ class Message:
 
     async def run(self, handler: Callable[..., Any], running: Coroutine[Any, Any, Any]) -> Any:
         """Run a handler, count that if it is the one under test, and stop at its end."""
-        delivery = cast(Delivery, _delivery.get())
+        delivery = _current_delivery()
         self.runs += handler is self.function.function
         value, raised = None, None
         delivery.depth += 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from idem_tasks import (
     Policy,
     config,
     configure,
+    current_claim,
     idempotency_of,
     idempotent_task,
 )
@@ -31,6 +34,7 @@ from idem_tasks.testing import (
     aassert_idempotent,
     assert_idempotent,
     crash_point,
+    redelivery,
 )
 
 KILLED = [
@@ -111,6 +115,21 @@ def failing(task: Callable[..., Any], *args: Any, **how: Any) -> str:
 def marked(text: str) -> set[str]:
     """Return the crash points that a report's table marks."""
     return {line[2:].split("  ")[0] for line in text.splitlines() if line.startswith("! ")}
+
+
+@contextmanager
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Give the seconds of each wait meanwhile."""
+    waited: list[float] = []
+    wait = redelivery.Message.wait
+
+    async def noted(message: redelivery.Message, seconds: float) -> None:
+        waited.append(seconds)
+        await wait(message, seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(redelivery.Message, "wait", noted)
+        yield waited
 
 
 def point(report: IdempotencyReport, name: str) -> ReportedPoint:
@@ -397,6 +416,20 @@ def test_a_final_failure_is_an_outcome() -> None:
     assert {point.outcome for point in report.points} == {"LookupError: no such card"}
 
 
+def test_a_final_failure_may_be_replayed_under_its_name() -> None:
+    """One that cannot be made again from its text is the same outcome."""
+
+    class DeclinedError(Exception):
+        def __init__(self, code: int, card: str) -> None:
+            super().__init__(f"{code} {card}")
+
+    @idempotent_task(key="{order}", record_failures=DeclinedError)
+    def charge(order: str) -> None:
+        raise DeclinedError(5, "4711")
+
+    assert "ReplayedFailureError" in {point.outcome.split(":")[0] for point in assert_idempotent(charge, "A-1").points}
+
+
 def test_a_message_that_nobody_acknowledges_is_told() -> None:
     """A handler that asks for another delivery for ever, once it was interrupted."""
     runs: list[str] = []
@@ -450,11 +483,71 @@ def test_a_parked_message_is_right() -> None:
 
 
 @pytest.mark.parametrize("options", [{"lease": 0.1, "max_hold": 1000}, {"lease": 5000, "max_hold": 5000}, {}])
-def test_waiting_for_a_key_in_progress_takes_no_time(options: dict[str, float]) -> None:
+def test_waiting_for_a_key_in_progress_takes_no_time(
+    options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A copy that waits longer than the lease of one that lives does not take over from it: that is renewed."""
     charge = upserting({}, on_in_progress="wait", wait_timeout=300, **options)
-    report = assert_idempotent(charge, "A-1")
+    began = time.monotonic()
+    with waiting(monkeypatch) as waited:
+        report = assert_idempotent(charge, "A-1")
     assert point(report, "delivered again while it ran").runs == 1
+    assert sum(waited) > 300
+    assert time.monotonic() - began < 60
+
+
+def test_a_copy_comes_while_the_first_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is delivered again while the first runs finds its key in progress, and waits if it is to (F5)."""
+    with waiting(monkeypatch) as waited:
+        assert_idempotent(upserting({}, on_in_progress="wait", wait_timeout=7), "A-1")
+    assert sum(waited) >= 7
+
+
+def test_a_finish_without_a_reply_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else of an undisturbed handler waits (F21)."""
+    with waiting(monkeypatch) as waited:
+        assert_idempotent(upserting({}), "A-1")
+    assert len(waited) == 1
+
+
+def test_a_handler_that_asks_its_provider_after_a_takeover_is_right() -> None:
+    """It is told that another one may have done the work before it (F1)."""
+    charges: list[str] = []
+
+    @idempotent_task(key="{order}")
+    def charge(order: str) -> None:
+        if not (current_claim().taken_over and order in charges):
+            charges.append(order)
+
+    report = assert_idempotent(charge, "A-1", effects=lambda: charges.count("A-1"), reset=charges.clear)
+    assert {point.effects["effects"] for point in report.points} == {1}
+
+
+@pytest.mark.parametrize("how", ["run", "block", "asyncio"])
+def test_whatever_a_handler_does_with_records_is_on_the_same_store(how: str) -> None:
+    """Also what is not decorated, and what is asyncio within a blocking handler."""
+    own = Idempotency(store=MemoryStore())
+    mails: list[str] = []
+
+    @idempotent_task(key="{order}", idempotency=own)
+    async def send(order: str) -> None:
+        mails.append(order)
+
+    @idempotent_task(key="{order}", idempotency=own)
+    def charge(order: str) -> None:
+        if how == "run":
+            own.run(mails.append, order, scope="mail", key=order)
+        elif how == "asyncio":
+            asyncio.run(send(order))
+        else:
+            with own.claim(scope="mail", key=order) as claim:
+                if not claim.replayed:
+                    mails.append(order)
+
+    text = failing(charge, "A-1", effects={"mails": mails})
+    died = "before its outcome was recorded" if how == "block" else "after its handler ended"
+    assert marked(text) == {f"killed {died}, in a nested call"}
+    assert list(own.records()) == []
 
 
 def test_a_retention_that_is_too_short_is_found() -> None:
@@ -634,6 +727,8 @@ def test_within_an_event_loop_it_is_awaited() -> None:
     async def examine() -> IdempotencyReport:
         with pytest.raises(ConfigurationError, match="await aassert_idempotent"):
             assert_idempotent(send, "A-1")
+        with pytest.raises(AssertionError, match="not idempotent at 2 of 11"):
+            await aassert_idempotent(appending(mails), "A-1", effects=count)
         report = await aassert_idempotent(send, "A-1", effects=count, reset=reset)
         assert loops == {asyncio.get_running_loop()}
         return report
