@@ -97,10 +97,11 @@ def test_a_restarted_server_is_reconnected_to(private_postgres: Callable[..., Po
 # Forks and event loops
 
 
-def test_a_forked_child_has_connections_of_its_own(postgres_url: str) -> None:
+@pytest.mark.parametrize("url", SERVERS, indirect=True)
+def test_a_forked_child_has_connections_of_its_own(url: str) -> None:
     """Parent and children use one store at once, and none reads another's replies (F27)."""
     with Driver("blocking") as driver:
-        use = opened(postgres_url, driver)
+        use = opened(url, driver)
         for number in range(10):
             use.finish(use.granted(str(number)))
 
@@ -121,7 +122,7 @@ def test_a_forked_child_has_connections_of_its_own(postgres_url: str) -> None:
 
 
 def test_a_forked_child_leaves_its_parents_sqlite_alone(sqlite_url: str) -> None:
-    """A child that uses the same file, and ends, neither locks its parent out nor loses what it wrote."""
+    """A child that uses the same file, and ends, neither locks its parent out nor loses what it wrote (F27)."""
     with Driver("blocking") as driver:
         use = opened(sqlite_url, driver)
         use.finish(use.granted("parent's"))

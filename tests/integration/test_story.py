@@ -255,6 +255,22 @@ def test_no_process_remembers_what_others_forgot(world: RealWorld) -> None:
     assert world.effects == ["A-1"] * 2
 
 
+def test_what_is_forgotten_before_it_is_published_stays_forgotten(world: RealWorld) -> None:
+    """A person forgets the record while its holder is about to publish: the next delivery runs (F53)."""
+
+    async def forget() -> None:
+        assert await world.record.real.forget(SCOPE, "A-1")
+        if world.marker is not None:
+            await world.marker.real.drop([(SCOPE, "A-1")])
+
+    world.record.after("finish", forget)
+    charge = world.charge()
+    assert [charge("A-1"), charge("A-1")] == ["charged A-1"] * 2
+    assert world.effects == ["A-1"] * 2
+    assert charge("A-1") == "charged A-1"
+    assert world.effects == ["A-1"] * 2
+
+
 def test_an_outcome_that_sql_refused_is_written_through(world: RealWorld) -> None:
     """SQL away past the lease: put back; when it is there again the next delivery or the heartbeat records it (F45)."""
     charge = world.charge(lease=SHORT, max_hold=60)
