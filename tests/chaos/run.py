@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = given.folder or Path(tempfile.mkdtemp(prefix="idem-tasks-chaos-"))
     (folder / "workers").mkdir(parents=True, exist_ok=True)
     say(f"seed {seed}, {given.seconds:g} s of faults, everything is kept in {folder}")
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # so that everything is stopped then too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that everything is stopped then too
     try:
         told, failed = chaos(given.seconds, seed, given.rate, folder)
     except KeyboardInterrupt:

@@ -42,6 +42,7 @@ class Worker:
     def start(self) -> None:
         """Start a tree, and do not wait for it."""
         self._trees += 1
+        self.log.unlink(missing_ok=True)  # of an earlier run in this folder, which was ready
         self._process = self._run.start(
             [sys.executable, "-m", "celery", "-A", "tests.chaos.shop", "worker", "--loglevel", "info",
              "--pool", "prefork", "--concurrency", str(CHILDREN), "--hostname", f"{self._host}-{self._trees}@here",
