@@ -128,7 +128,6 @@ def _sql_was_away(run: Run, next_run: Started, fault: Fault, lease: float) -> bo
     return (
         is_of_sql(fault, run.started.shop)
         and (run.answered_at is None or fault.at <= run.answered_at)
-        and fault.until >= run.started.at
         and fault.until - max(fault.at, run.started.at) >= rest
         and fault.until - SLACK <= next_run.at <= fault.until + LONGEST_PAUSE  # a claim needs SQL too
     )

@@ -140,13 +140,14 @@ class Order:
         self.effect(run, at + 0.05 if effect_before else at + 3.1)
         self.answer(at + 3.2, self.outcome(self.token), pid=run.pid)
 
-    def cut_off(self, at: float) -> None:
-        """SQL is away at its finish for longer than its lease, and its marker is lost."""
+    def cut_off(self, at: float, kind: str = "markers_flushed", since: float | None = None) -> None:
+        """SQL is away at its finish for longer than its lease, and its marker is lost, or `since` then out of reach."""
         run = self.start(at)
         self.effect(run, at + WORK)
         self.made.fault("sql_restarted", at + 0.1, at + 3.0, part=f"{self.part}sql")
         self.answer(at + LEASE, None, pid=run.pid, error="Ignore")
-        self.made.fault("markers_flushed", at + LEASE + 0.3, part=f"{self.part}markers")
+        lost_at = at + LEASE + 0.3
+        self.made.fault(kind, since or lost_at, lost_at, part=f"{self.part}markers")
         self.complete(at + 3.2, taken_over=True)
 
     def unrenewed(self, at: float) -> None:

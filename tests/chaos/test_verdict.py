@@ -66,9 +66,10 @@ def test_recovered() -> None:
         (lambda order: order.paused(1.0), "worker_paused"),
         (lambda order: order.paused(1.0, effect_before=False), "worker_paused"),
         (lambda order: order.cut_off(1.0), "sql_restarted and markers_flushed"),
+        (lambda order: order.cut_off(1.0, "black_hole", 2.5), "sql_restarted and black_hole"),
         (lambda order: order.unrenewed(1.0), "black_hole"),
     ],
-    ids=["child killed", "worker killed", "paused after", "paused before", "cut off", "not renewed"],
+    ids=["child killed", "worker killed", "paused after", "paused before", "marker lost", "not kept", "not renewed"],
 )
 def test_explained_repeat(tell: Callable[[Order], None], kind: str) -> None:
     """A charge repeated in a documented window is good, and kept with its faults; without any one of them it is not."""
@@ -137,6 +138,17 @@ def test_paused_before_it_began() -> None:
     assert verdict_of(order).good, verdict_of(order).problems
     order.made.faults.clear()
     assert {kind for kind, _ in only(verdict_of(order)).problems} == {"duplicated", "unexpected"}
+
+
+def test_given_up() -> None:
+    """A charge whose first run was given up before its effect runs again at once, and is good."""
+    order = order_of()
+    run = order.start(1.0)
+    order.answer(1.1, None, pid=run.pid, error="Reject")
+    order.complete(1.2)
+    verdict = verdict_of(order)
+    assert verdict.good, verdict.problems
+    assert only(verdict).worst == "once"
 
 
 def test_same_number_elsewhere() -> None:
@@ -236,6 +248,20 @@ def paused_too_short(order: Order) -> None:
     order.made.faults[0] = replace(fault, until=fault.at + LEASE / 2 - 0.1)
 
 
+def paused_too_short_and_taken_over_soon(order: Order) -> None:
+    run = order.start(1.0)
+    order.effect(run, 1.05)
+    order.made.fault("worker_paused", 1.1, 1.1 + LEASE / 2 - 0.2, part="worker 0", pids=(run.pid,))
+    order.complete(1.2 + LEASE / 2, taken_over=True)
+
+
+def paused_just_before_the_repeat(order: Order) -> None:
+    run = order.start(1.0)
+    order.effect(run, 1.05)
+    order.made.fault("worker_paused", 3.5, 7.0, part="worker 0", pids=(run.pid,))
+    order.complete(3.6, taken_over=True)
+
+
 def paused_long_before(order: Order) -> None:
     order.paused(9.0)
     fault = order.made.faults[0]
@@ -258,6 +284,33 @@ def paused_long_ago_and_awake(order: Order) -> None:
 def sql_away_and_marker_there(order: Order) -> None:
     order.cut_off(1.0)
     del order.made.faults[1]
+
+
+def sql_black_hole_and_marker_there(order: Order) -> None:
+    sql_away_and_marker_there(order)
+    order.made.faults[0] = replace(order.made.faults[0], kind="black_hole")
+
+
+def sql_away_after_it_was_put_back(order: Order) -> None:
+    order.cut_off(1.0)
+    order.made.answered[0] = replace(order.made.answered[0], at=BEGAN + 1.25)
+    order.made.faults[0] = replace(order.made.faults[0], at=BEGAN + 1.3)
+
+
+def sql_away_and_not_put_back(order: Order) -> None:
+    order.cut_off(1.0)
+    order.made.answered[0] = replace(order.made.answered[0], error="KeyError")
+
+
+def marker_away_after_it_was_kept(order: Order) -> None:
+    order.cut_off(1.0)
+    flushed = order.made.faults[1]
+    order.made.faults[1] = replace(flushed, kind="black_hole", at=BEGAN + 3.2, until=BEGAN + 3.9)
+
+
+def marker_away_before_sql(order: Order) -> None:
+    order.cut_off(1.0)
+    order.made.faults[1] = replace(order.made.faults[1], kind="black_hole", at=BEGAN + 0.2, until=BEGAN + 1.0)
 
 
 def marker_lost_before_it_was_kept(order: Order) -> None:
@@ -314,6 +367,11 @@ def effect_twice_in_one_run(order: Order) -> None:
     run = order.complete(1.0)
     order.effect(run, 1.3)
     order.made.fault("child_killed", 1.5, part="worker 0", pids=(run.pid,))
+
+
+def effect_twice_before_it_was_killed(order: Order) -> None:
+    order.killed(1.0)
+    order.effect(order.made.started[0], 1.25)
 
 
 def never_published(order: Order) -> None:
@@ -408,6 +466,20 @@ def token_falls(order: Order) -> None:
     rows.kept[0] = replace(rows.kept[0], outcome=order.outcome(1))
 
 
+def tokens_fall_after_one_held_up(order: Order) -> None:
+    late, last = order.start(1.0, token=1), order.start(1.1, token=2)
+    order.complete(0.5, taken_over=True)
+    order.made.fault("worker_paused", 0.0, 0.9, part="worker 0", pids=(late.pid,))
+    assert last.fencing_token == 2
+
+
+def token_twice_after_one_held_up(order: Order) -> None:
+    late = order.start(5.0, token=1)
+    order.made.started.append(replace(late, at=late.at + 0.1))
+    order.complete(4.0, taken_over=True)
+    order.made.fault("worker_paused", 0.0, 4.9, part="worker 0", pids=(late.pid,))
+
+
 def record_under_an_older_token(order: Order) -> None:
     order.killed(1.0, effect=False)
     order.made.kept[0] = replace(order.made.kept[0], fencing_token=1)
@@ -427,6 +499,11 @@ def lease_cut_short(order: Order) -> None:
     order.start(1.0)
     order.made.fault("child_killed", 1.1, part="worker 0", pids=(order.made.started[0].pid,))
     order.complete(1.0 + LEASE / 2 - 0.1, taken_over=True)
+
+
+def lease_cut_short_and_another_paused(order: Order) -> None:
+    lease_cut_short(order)
+    order.made.fault("worker_paused", 0.5, 0.9, part="worker 0", pids=(99,))
 
 
 def charge_in_doubt(order: Order) -> None:
@@ -458,10 +535,17 @@ BROKEN_CHARGES: dict[str, list[Callable[[Order], None]]] = {
         killed_after_it_answered,
         claim_was_not_taken_over,
         paused_too_short,
+        paused_too_short_and_taken_over_soon,
+        paused_just_before_the_repeat,
         paused_long_before,
         paused_after_it_answered,
         paused_long_ago_and_awake,
         sql_away_and_marker_there,
+        sql_black_hole_and_marker_there,
+        sql_away_after_it_was_put_back,
+        sql_away_and_not_put_back,
+        marker_away_after_it_was_kept,
+        marker_away_before_sql,
         marker_lost_before_it_was_kept,
         marker_lost_after_the_repeat,
         marker_lost_and_sql_back_soon,
@@ -472,6 +556,7 @@ BROKEN_CHARGES: dict[str, list[Callable[[Order], None]]] = {
         taken_over_while_sql_was_away,
         sql_back_long_ago,
         effect_twice_in_one_run,
+        effect_twice_before_it_was_killed,
     ],
     "unexpected": [
         never_published,
@@ -490,10 +575,13 @@ BROKEN_CHARGES: dict[str, list[Callable[[Order], None]]] = {
         strange_error,
         same_token_twice,
         token_falls,
+        tokens_fall_after_one_held_up,
+        token_twice_after_one_held_up,
         record_under_an_older_token,
         without_protection,
         effect_of_no_run,
         lease_cut_short,
+        lease_cut_short_and_another_paused,
         charge_in_doubt,
     ],
 }
@@ -534,6 +622,26 @@ def test_problem_tells_what_happened() -> None:
         f"Order 1 (charge, {SHOP}) had its effect at 1.200 s (process {first.pid}, fencing token 1)"
         f" and again at 3.500 s (process {second.pid}, fencing token 2), and no fault explains it"
     )
+
+
+@pytest.mark.parametrize(
+    "tell", [same_token_twice, token_falls, tokens_fall_after_one_held_up, token_twice_after_one_held_up]
+)
+def test_tokens_that_do_not_rise(tell: Callable[[Order], None]) -> None:
+    """A fencing token that falls or comes twice is told as such, also behind a run that was held up."""
+    order = order_of()
+    tell(order)
+    assert sum("fencing tokens do not rise" in problem for problem in verdict_of(order).problems) == 1
+
+
+def test_answer_before_the_run() -> None:
+    """A process that put a duplicate back, then ran the charge and was killed, explains the repeat all the same."""
+    order = order_of()
+    order.killed(1.0)
+    order.publish(0.4, "m2")
+    order.answer(0.5, None, pid=order.made.started[0].pid, message="m2", error="Ignore")
+    order.answer(5.0, order.outcome(2), message="m2")
+    assert verdict_of(order).good, verdict_of(order).problems
 
 
 def test_left_in_queue() -> None:

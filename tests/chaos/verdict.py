@@ -270,9 +270,9 @@ class Rules:
             yield "unexpected", f"has {len(self._rows.kept)} records"
 
     def _outcome_is_one(self) -> Iterator[tuple[str, str]]:
+        """Every answer gave the recorded one, so that no two differ either."""
         if self._state == "completed" and self._outcome is None:
             yield "unexpected", "is completed, and its record has no outcome"
-        first: Answered | None = None
         for row in self._rows.answered:
             if row.outcome is None:
                 continue
@@ -285,10 +285,6 @@ class Rules:
             elif row.outcome != self._outcome:
                 recorded = f"and recorded is {self._outcome!r}"
                 yield "unexpected", f"was answered with {row.outcome!r} at {self._at(row.at)}, {recorded}"
-            if first is not None and row.outcome != first.outcome:
-                before = f"was answered with {first.outcome!r} at {self._at(first.at)}"
-                yield "unexpected", f"{before} and with {row.outcome!r} at {self._at(row.at)}"
-            first = first or row
 
     def _outcome_has_an_effect(self) -> Iterator[tuple[str, str]]:
         if self._state != "completed":
@@ -305,14 +301,13 @@ class Rules:
                 yield "unexpected", f"was answered with {row.outcome!r} at {self._at(row.at)}, before it had any effect"
 
     def _no_run_comes_too_late(self) -> Iterator[tuple[str, str]]:
-        """Nothing is granted once there is an outcome; but a run can be held up between its claim and its start."""
+        """Nothing is granted once there is an outcome; what was granted before is judged by `_tokens_rise`."""
         given = next((row for row in self._rows.answered if row.outcome is not None), None)
         if given is None:
             return
         before = max((row.fencing_token for row in self._rows.started if row.at <= given.at), default=0)
         for row in self._rows.started:
-            is_old = row.fencing_token < before and was_held_up(row, self._faults, self._lease)
-            if row.at > given.at and not is_old:
+            if row.at > given.at and row.fencing_token >= before:
                 answered = f"had been answered with its outcome at {self._at(given.at)}"
                 yield "unexpected", f"began {self._of(row)}, and {answered}"
 
@@ -326,13 +321,14 @@ class Rules:
         for row in self._rows.started:
             if row.fencing_token < 1:
                 yield "unexpected", f"began {self._of(row)}, without protection"
-        for first, second in pairwise(self._rows.started):
-            fell = first.fencing_token > second.fencing_token and not was_held_up(second, self._faults, self._lease)
-            if fell or first.fencing_token == second.fencing_token:
-                yield (
-                    "unexpected",
-                    f"began {self._of(first)} and then {self._of(second)}: its fencing tokens do not rise",
-                )
+        latest: Started | None = None
+        tokens: set[int] = set()
+        for row in self._rows.started:
+            if latest is None or row.fencing_token > latest.fencing_token:
+                latest = row
+            elif row.fencing_token in tokens or not was_held_up(row, self._faults, self._lease):
+                yield "unexpected", f"began {self._of(latest)} and then {self._of(row)}: its fencing tokens do not rise"
+            tokens.add(row.fencing_token)
         highest = max((row.fencing_token for row in self._rows.started), default=0)
         if self._kept is not None and self._state is not None and self._kept.fencing_token < highest:
             yield "unexpected", f"ran under {highest}, and its record has the fencing token {self._kept.fencing_token}"
