@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -43,6 +43,7 @@ class Shop:
 
     premises: Premises
     workers: Sequence[Worker]
+    ask_again: Callable[[Iterable[str]], None]  # publishes these orders once more, as one who waits in vain would
     markers_busy: threading.Lock = field(default_factory=threading.Lock)
     sql_busy: threading.Lock = field(default_factory=threading.Lock)
 
@@ -129,6 +130,7 @@ class Faults:
         with held(worker.busy):
             at_work, at = self._at_work(shop, worker), time.time()
             pids = worker.pause()
+            shop.ask_again(at_work.values())
             try:
                 # To its end also when the run is over: a shorter one would not be what it is told to be.
                 time.sleep(LEASE * (1.2 + fault.strength))
@@ -242,13 +244,14 @@ class Faults:
             if fault.part == "markers":
                 premises.markers.settle()
 
-    def _at_work(self, shop: Shop, worker: Worker) -> set[int]:
-        """The children within a handler; waits a moment until there is one: the others have nothing to lose."""
-        found: set[int] = set()
+    def _at_work(self, shop: Shop, worker: Worker) -> dict[int, str]:
+        """The children within a handler, and its order; waits a moment for one: the others have nothing to lose."""
+        found: dict[int, str] = {}
         with Ledger(self._ledger_url) as ledger, suppress(TimeoutError):
 
             def there_is_one() -> bool:
-                found.update(ledger.at_work(shop.name) & set(worker.children()))
+                children = set(worker.children())
+                found.update({pid: order for pid, order in ledger.at_work(shop.name).items() if pid in children})
                 return bool(found)
 
             wait_until(there_is_one, seconds=SECONDS_TO_FIND_WORK, what="a handler")

@@ -53,15 +53,15 @@ class Ledger:
         found = self._connected().execute("SELECT name, count(*) FROM ledger GROUP BY name")
         return {str(name): int(count) for name, count in found}
 
-    def at_work(self, shop: str) -> set[int]:
-        """The processes of a shop whose last word was not an answer: most of them are within a handler."""
+    def at_work(self, shop: str) -> dict[int, str]:
+        """The processes of a shop whose last word was not an answer, and its order: most are within a handler."""
         found = self._connected().execute(
-            "SELECT DISTINCT ON (pid) pid, name FROM"
+            "SELECT DISTINCT ON (pid) pid, name, told FROM"
             " (SELECT * FROM ledger WHERE shop = %s ORDER BY number DESC LIMIT 100) AS latest"
             " ORDER BY pid, number DESC",
             (shop,),
         )
-        return {int(pid) for pid, name in found if name != NAMES[Answered]}
+        return {int(pid): msgspec.json.decode(told)["order"] for pid, name, told in found if name != NAMES[Answered]}
 
     def _connected(self) -> psycopg.Connection:
         if self._connection is None or self._pid != os.getpid():

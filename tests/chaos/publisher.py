@@ -6,6 +6,8 @@ import heapq
 import random
 import threading
 import time
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +40,13 @@ class Publisher:
         self._chance = random.Random(f"orders of {shop} {seed}")
         self._seconds, self._rate = seconds, rate
         self._stopped = threading.Event()
+        self._asked: deque[str] = deque()
         self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._work, name=f"publisher of {shop}")
+
+    def ask_again(self, orders: Iterable[str]) -> None:
+        """Publish these once more, soon."""
+        self._asked.extend(orders)
 
     def start(self) -> None:
         self._thread.start()
@@ -70,12 +77,15 @@ class Publisher:
     def _publish_all(self, app: Celery) -> None:
         began = time.monotonic()
         due = self._orders()
+        by_order = {message.order: message for message in due}
         heapq.heapify(due)
         while due and not self._stopped.is_set():
             message = heapq.heappop(due)
             # What would come later than the run lasts comes at its end, and is a duplicate of something old.
             self._stopped.wait(began + min(message.at, self._seconds) - time.monotonic())
             self._publish(app, message)
+            while self._asked:
+                self._publish(app, by_order[self._asked.popleft()])
 
     def _publish(self, app: Celery, due: Due) -> None:
         at = time.time()

@@ -79,14 +79,17 @@ def chaos(seconds: float, seed: int, rate: float, folder: Path) -> tuple[History
         ledger = cleaning.enter_context(Ledger(servers.ledger.url))
         ledger.prepare()
         prepare_records(servers.premises)
-        shops = [new_shop(run, servers, premises, folder) for premises in servers.premises]
+        publishers = [new_publisher(premises, seed=seed, seconds=seconds, rate=rate) for premises in servers.premises]
+        shops = [
+            new_shop(run, servers, premises, publisher, folder)
+            for premises, publisher in zip(servers.premises, publishers, strict=True)
+        ]
         for shop in shops:
             for worker in shop.workers:
                 cleaning.callback(worker.kill)
                 worker.start()
         for worker in workers_of(shops):
             worker.wait_until_ready()
-        publishers = [new_publisher(shop.premises, seed=seed, seconds=seconds, rate=rate) for shop in shops]
         for publisher in publishers:
             cleaning.callback(publisher.stop)
         faults = Faults(shops, servers.ledger.url)
@@ -101,7 +104,7 @@ def ignore_interruptions() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def new_shop(run: Run, servers: Servers, premises: Premises, folder: Path) -> Shop:
+def new_shop(run: Run, servers: Servers, premises: Premises, publisher: Publisher, folder: Path) -> Shop:
     settings = {
         "name": premises.name,
         "ledger": servers.ledger.url,
@@ -115,7 +118,7 @@ def new_shop(run: Run, servers: Servers, premises: Premises, folder: Path) -> Sh
         "celery": celery_settings(premises.broker, url=premises.broker.url),
     }
     workers = [Worker(run, premises.name, number, settings, folder / "workers") for number in range(WORKERS)]
-    return Shop(premises, workers)
+    return Shop(premises, workers, publisher.ask_again)
 
 
 def new_publisher(premises: Premises, *, seed: int, seconds: float, rate: float) -> Publisher:
