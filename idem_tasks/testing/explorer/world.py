@@ -157,6 +157,7 @@ class Worker:
             return await _Stop(step)
         fault, self.reply = self.reply, None
         self.world.log[-1] += f" -> {_words_of(step.answer)}"
+        self.world.was_told(step.answer)
         if fault == "reply lost":
             raise StoreUnavailableError("the reply was lost")
         return fault == "sent again"
@@ -544,6 +545,11 @@ class World:
     def going_on(self, name: str) -> None:
         """Note whose commands come next."""
         self._going = name
+
+    def was_told(self, answer: Any) -> None:
+        """Let two states differ in which whoever goes on now was told something else."""
+        actor = self.actors[self._going]
+        actor.trail = hash((actor.trail, _summary(answer)))
 
     # The end
 
