@@ -1,0 +1,464 @@
+"""The protocol, broken on purpose in one place each; the explorer must find out what goes wrong then.
+
+Each mutant is a change of the shipped text, made by an import hook in a process of its own (mutant_run.py), and never
+written to a file. To see what one of them breaks, or all: `python -m tests.explorer.mutants [NAME]`.
+
+This module imports nothing of the library: it is read before the hook is in place.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """In `module` the text `before` stands exactly once, and becomes `after`.
+
+    Then one of the `laws` is broken in `scenario`. All of that is tried; or, with a `seed`, what is drawn from it.
+    """
+
+    name: str
+    module: str
+    before: str
+    after: str
+    laws: tuple[str, ...]
+    scenario: str
+    seed: int | None = None
+
+    def broken(self, shipped: str) -> str:
+        """Return the broken text; raises ValueError where the change does not fit the shipped one any more."""
+        found = shipped.count(self.before)
+        if found != 1:
+            raise ValueError(f"{self.name}: in {self.module} this stands {found} times instead of once:\n{self.before}")
+        return shipped.replace(self.before, self.after)
+
+
+_MEMORY = "idem_tasks.stores.memory"
+_MARKER = "idem_tasks.stores.memory_marker"
+_TIERED = "idem_tasks.stores.tiered"
+_TASK = "idem_tasks.task"
+_HEARTBEAT = "idem_tasks.heartbeat"
+_ERRORS = "idem_tasks.errors"
+
+_SUSPENDED = """
+            class Between:
+                def __await__(self):
+                    from idem_tasks.testing.stepped import Step
+
+                    yield Step("database", "the record is between two statements of its claim", "before")
+
+            await Between()
+"""
+"""What a command looks like that is two: anything can happen here. Without the lock, as between two transactions."""
+
+MUTANTS = (
+    Mutant(
+        name="finish without the fence",
+        module=_MEMORY,
+        before="""\
+            if row.obeys(lease.owner, lease.fencing_token):
+                if row.state in _FENCED:
+                    row.record_outcome""",
+        after="""\
+            if row.state in _FENCED or row.obeys(lease.owner, lease.fencing_token):
+                if row.state in _FENCED:
+                    row.record_outcome""",
+        laws=("FENCE",),
+        scenario="a pause",
+    ),
+    Mutant(
+        name="release without the fence",
+        module=_MEMORY,
+        before="""\
+            if not row.obeys(lease.owner, lease.fencing_token):
+                return Lost()
+            if row.state in _FENCED:""",
+        after="""\
+            if row.state in _FENCED:""",
+        laws=("FENCE",),
+        scenario="a pause, and the handler raises",
+    ),
+    Mutant(
+        name="write-through without the fence",
+        module=_MEMORY,
+        before="if row is None or not row.obeys(pending.owner, pending.fencing_token):",
+        after="if row is None:",
+        laws=("FENCE", "RECORDED_BEFORE_ANSWER"),
+        scenario="SQL goes away, and leases end",
+        seed=1,
+    ),
+    Mutant(
+        name="a marker is given back by anybody",
+        module=_MARKER,
+        before="""\
+                case _Running(holder) if holder == owner:
+                    del""",
+        after="""\
+                case _Running():
+                    del""",
+        laws=("OWN_MARKER",),
+        scenario="a pause",
+    ),
+    Mutant(
+        name="a marker is renewed by anybody",
+        module=_MARKER,
+        before="""\
+                    case _Running(owner) if owner == lease.owner:
+                        pass
+                    case _:
+                        continue""",
+        after="""\
+                    case _Running():
+                        pass
+                    case _:
+                        continue""",
+        laws=("OWN_MARKER",),
+        scenario="heartbeats and lost markers",
+        seed=1,
+    ),
+    Mutant(
+        name="an outcome is kept over another's marker",
+        module=_MARKER,
+        before="""\
+                case _:
+                    return False
+            self._markers[lease.scope, lease.key] = _Pending""",
+        after="""\
+                case _:
+                    pass
+            self._markers[lease.scope, lease.key] = _Pending""",
+        laws=("OWN_MARKER",),
+        scenario="SQL goes away",
+    ),
+    Mutant(
+        name="look-up before claim",
+        module=_MEMORY,
+        before="""\
+            if row is None:
+                self._sweep(now)
+                row = self._rows""",
+        after="""\
+            seen = row
+        if seen is None:"""
+        + _SUSPENDED
+        + """\
+        with self._lock:
+            if seen is None:
+                row = self._rows""",
+        laws=("EFFECT_EXPLAINED",),
+        scenario="nothing goes wrong but the markers are lost",
+    ),
+    Mutant(
+        name="takeover in two statements",
+        module=_MEMORY,
+        before="""\
+                case State.RUNNING:
+                    return self._take_over(row, request, now)
+""",
+        after="""\
+                case State.RUNNING:
+                    pass
+        if True:"""
+        + _SUSPENDED
+        + """\
+        with self._lock:
+            return self._take_over(row, request, now)
+""",
+        laws=("LEASE_RESPECTED", "ONE_OUTCOME", "OUTCOME_STANDS"),
+        scenario="two take over from one",
+        seed=1,
+    ),
+    Mutant(
+        name="in progress is not put back",
+        module=_ERRORS,
+        before="PUT_BACK = (InProgressError, LeaseLostError, StoreError)",
+        after="PUT_BACK = (LeaseLostError, StoreError)",
+        laws=("KNOWN_ENDINGS",),
+        scenario="nothing goes wrong",
+    ),
+    Mutant(
+        name="a lost lease is not put back",
+        module=_ERRORS,
+        before="PUT_BACK = (InProgressError, LeaseLostError, StoreError)",
+        after="PUT_BACK = (InProgressError, StoreError)",
+        laws=("KNOWN_ENDINGS",),
+        scenario="a pause",
+    ),
+    Mutant(
+        name="a store that is away is not put back",
+        module=_ERRORS,
+        before="PUT_BACK = (InProgressError, LeaseLostError, StoreError)",
+        after="PUT_BACK = (InProgressError, LeaseLostError)",
+        laws=("KNOWN_ENDINGS",),
+        scenario="SQL goes away",
+    ),
+    Mutant(
+        name="in progress is taken for finished",
+        module=_TASK,
+        before="raise InProgressError(scope=scope, key=key, retry_after=max(retry_after, 0.0))",
+        after="return Finished(EncodedOutcome(), call.request.fingerprint, 1.0)",
+        laws=("KNOWN_ENDINGS",),
+        scenario="nothing goes wrong",
+    ),
+    Mutant(
+        name="the fencing token is a counter in the row",
+        module=_MEMORY,
+        before="""\
+        row.fencing_token = self._next_token(now)
+        row.owner = request.owner""",
+        after="""\
+        row.fencing_token += 1
+        row.owner = request.owner""",
+        laws=("TOKEN_RISES",),
+        scenario="forgotten",
+    ),
+    Mutant(
+        name="our own marker is as good as a claim",
+        module=_TIERED,
+        before="""\
+            case MarkerTaken():
+                return await self._claim_record(request)""",
+        after="""\
+            case MarkerTaken():
+                return Granted(Lease(request, fencing_token=1))""",
+        laws=("CLAIMED",),
+        scenario="nothing goes wrong",
+    ),
+    Mutant(
+        name="while SQL is away the marker decides",
+        module=_TIERED,
+        before="""\
+            answer = await self._record.claim(request)
+        except IdemTasksError:
+            await self._give_back(request.scope, request.key, request.owner)
+            raise""",
+        after="""\
+            answer = await self._record.claim(request)
+        except IdemTasksError:
+            return Granted(Lease(request, fencing_token=1))""",
+        laws=("CLAIMED",),
+        scenario="SQL goes away",
+    ),
+    Mutant(
+        name="published before it is recorded",
+        module=_TIERED,
+        before="""\
+        answer = await self._record.finish(lease, outcome, may_insert=may_insert)
+""",
+        after="""\
+        early = Finished(outcome, lease.request.fingerprint, lease.policy.retention)
+        await self._publish(lease.request, early)
+        answer = await self._record.finish(lease, outcome, may_insert=may_insert)
+""",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="nothing goes wrong",
+    ),
+    Mutant(
+        name="published over nothing",
+        module=_MARKER,
+        before="""\
+            match self._standing((scope, key), now):
+                case _Running(holder) if holder == owner:
+                    pass
+                case _Pending""",
+        after="""\
+            match self._standing((scope, key), now):
+                case None:
+                    pass
+                case _Running(holder) if holder == owner:
+                    pass
+                case _Pending""",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="forgotten",
+    ),
+    Mutant(
+        name="a pending outcome is replayed before SQL has it",
+        module=_TIERED,
+        before="""\
+        written = await self._record.write_through(
+            request.scope, request.key, pending, retention=request.policy.retention
+        )
+""",
+        after="""\
+        written = True
+""",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="SQL goes away",
+        seed=1,
+    ),
+    Mutant(
+        name="a pending outcome is acknowledged",
+        module=_TASK,
+        before="""\
+    call.announce(EventName.OUTCOME_PENDING, kept_in_marker=kept, error=str(refused))
+""",
+        after="""\
+    call.announce(EventName.OUTCOME_PENDING, kept_in_marker=kept, error=str(refused))
+    if kept:
+        return Recorded()
+""",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="SQL goes away",
+        seed=1,
+    ),
+    Mutant(
+        name="under hold an exception releases",
+        module=_TASK,
+        before="""in_doubt=call.policy.on_crash == "hold" and not proves_no_effect(call, error),""",
+        after="in_doubt=False,",
+        laws=("EFFECT_ONCE",),
+        scenario="hold, and the handler raises",
+    ),
+    Mutant(
+        name="hold runs again after a crash",
+        module=_MEMORY,
+        before="""if request.policy.on_crash == "hold":""",
+        after="""if request.policy.on_crash == "hold" and row.crashes > 1:""",
+        laws=("EFFECT_ONCE",),
+        scenario="hold and a crash",
+    ),
+    Mutant(
+        name="who was superseded returns its own outcome",
+        module=_TASK,
+        before="if isinstance(answer, Recorded) or call.policy.shadow:",
+        after="if isinstance(answer, Recorded | Finished) or call.policy.shadow:",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="a pause",
+    ),
+    Mutant(
+        name="who lost its lease returns its outcome",
+        module=_TASK,
+        before="""\
+        return outcome_of_another(call, answer)
+    raise lease_lost(claim)
+""",
+        after="""\
+        return outcome_of_another(call, answer)
+    return value
+""",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="a pause",
+    ),
+    Mutant(
+        name="what was returned can still be released",
+        module=_TASK,
+        before="""\
+            value = await call.services.runtime.invoke(handler, args, kwargs)
+        except BaseException as raised:""",
+        after="""\
+            value = await call.services.runtime.invoke(handler, args, kwargs)
+            return await record(call, claim, value)
+        except BaseException as raised:""",
+        laws=("NO_RELEASE_AFTER_RETURN",),
+        scenario="SQL goes away",
+        seed=1,
+    ),
+    Mutant(
+        name="forget deletes the marker first",
+        module=_TIERED,
+        before="""\
+        existed = await self._record.forget(scope, key)
+        await self._drop([(scope, key)])
+""",
+        after="""\
+        await self._drop([(scope, key)])
+        existed = await self._record.forget(scope, key)
+""",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="forgotten",
+    ),
+    Mutant(
+        name="forget leaves the marker",
+        module=_TIERED,
+        before="""\
+        existed = await self._record.forget(scope, key)
+        await self._drop([(scope, key)])
+""",
+        after="""\
+        existed = await self._record.forget(scope, key)
+""",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="forgotten",
+    ),
+    Mutant(
+        name="what has ended is claimed again",
+        module=_MEMORY,
+        before="""\
+                case State.COMPLETED | State.FAILED:
+                    return row.as_finished(now)""",
+        after="""\
+                case State.COMPLETED | State.FAILED:
+                    return self._grant(row, request, now)""",
+        laws=("OUTCOME_STANDS",),
+        scenario="nothing goes wrong but the markers are lost",
+    ),
+    Mutant(
+        name="a lease is not waited for",
+        module=_MEMORY,
+        before="""\
+                case State.RUNNING if row.is_held(now):""",
+        after="""\
+                case State.RUNNING if row.is_held(now + request.policy.lease):""",
+        laws=("LEASE_RESPECTED",),
+        scenario="nothing goes wrong but the markers are lost",
+    ),
+    Mutant(
+        name="a lease never ends",
+        module=_MEMORY,
+        before="return self.state is State.RUNNING and now < self.lease_expires_at",
+        after="return self.state is State.RUNNING",
+        laws=("NOT_STUCK",),
+        scenario="a crash",
+    ),
+    Mutant(
+        name="a marker never ends",
+        module=_MARKER,
+        before="return None if marker is None or marker.expires_at <= now else marker",
+        after="return marker",
+        laws=("NOT_STUCK",),
+        scenario="a crash",
+    ),
+    Mutant(
+        name="in doubt is said, and not recorded",
+        module=_MEMORY,
+        before="""\
+            row.state = State.IN_DOUBT
+            row.attention = "in_doubt"
+            return InDoubt(new=True)""",
+        after="""\
+            return InDoubt(new=True)""",
+        laws=("ACKNOWLEDGED_IS_RECORDED",),
+        scenario="hold and a crash",
+    ),
+    Mutant(
+        name="a person's outcome keeps the claim it ends",
+        module=_MEMORY,
+        before="""\
+            row.owner = new_owner()
+            row.fencing_token = self._next_token(now)
+""",
+        after="",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="hold, and a person resolves",
+    ),
+)
+
+
+def main(names: list[str]) -> int:
+    """Explore these mutants, or all, and print what they break."""
+    from tests.explorer.mutant_run import run
+
+    caught = 0
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    for mutant in chosen:
+        report = run(mutant.name)
+        caught += report.law is not None
+        sys.stdout.write(f"=== {mutant.name}\n{report}\n\n")
+    sys.stdout.write(f"{caught} of {len(chosen)} mutants caught\n")
+    return 0 if chosen and caught == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""The explorer is itself tested: it finds what is wrong with a protocol that was broken on purpose."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from idem_tasks.testing.explorer.search import explore, explore_at_random
+from tests.explorer.mutant_run import run
+from tests.explorer.mutant_scenarios import SCENARIOS
+from tests.explorer.mutants import MUTANTS, Mutant
+
+_SEEDS = {mutant.scenario: mutant.seed for mutant in MUTANTS}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_broken_protocol_breaks_a_law(mutant: Mutant, record_property: Callable[[str, object], None]) -> None:
+    """A protocol that is broken in one place is caught by the law that is meant for it, in seconds."""
+    report = run(mutant.name)
+    sys.stdout.write(str(report))
+    record_property("mutant", mutant.name)
+    record_property("law", report.law)
+    record_property("states", report.states)
+    record_property("trace_lines", len(report.trace.splitlines()))
+    assert report.diff, "the library was not broken"
+    assert report.law in mutant.laws
+    assert report.ran, "the law was broken elsewhere: what was changed did not run"
+
+
+@pytest.mark.parametrize("name", sorted({mutant.scenario for mutant in MUTANTS}))
+def test_the_shipped_protocol_breaks_no_law_where_the_broken_ones_do(name: str) -> None:
+    """Where a broken protocol is caught, the shipped one is not: the laws ask for no more than is promised."""
+    scenario, seed = SCENARIOS[name], _SEEDS[name]
+    explored = (
+        explore(scenario, seconds=20, states=3000)
+        if seed is None
+        else explore_at_random(scenario, seed, executions=300, seconds=20)
+    )
+    assert explored.find is None, str(explored.find)
+
+
+@pytest.mark.parametrize("text", ["stands nowhere in it", "return "])
+def test_a_change_that_does_not_fit_is_refused(text: str) -> None:
+    """A mutant whose text is gone from the shipped source, or stands there twice, fails with its name and that text."""
+    mutant = Mutant(name="does not fit", module="m", before=text, after="", laws=(), scenario="")
+    with pytest.raises(ValueError, match=f"does not fit: in m this stands . times instead of once:\n{text}"):
+        mutant.broken("return 1\nreturn 2\n")
