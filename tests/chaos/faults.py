@@ -144,6 +144,7 @@ class Faults:
         with held(shop.markers_busy), shop.premises.markers.node(shop.premises.markers.primary()).client() as client:
             at, count = time.time(), client.dbsize()
             client.flushall()
+            self._ask_again(shop)
             self._tell(fault, at, f"{shop.name} markers", f"{count} keys")
 
     def _restart_redis(self, shop: Shop, fault: Planned) -> None:
@@ -151,6 +152,7 @@ class Faults:
             server = shop.premises.markers.node(0)
             at = time.time()
             server.kill()
+            self._ask_again(shop)
             self._wait(fault.strength * LEASE)
             server.start()
             self._tell(fault, at, f"{shop.name} markers")
@@ -190,6 +192,7 @@ class Faults:
             lost_since, server = time.time() - at, markers.node(dead)
             server.kill()
             markers.fail_over_from(dead)
+            self._ask_again(shop)
             self._wait(fault.pick * LEASE)
             server.start()
             markers.attach_replica(dead)
@@ -243,6 +246,11 @@ class Faults:
             self._tell(fault, at, f"{shop.name} {fault.part}", details)
             if fault.part == "markers":
                 premises.markers.settle()
+
+    def _ask_again(self, shop: Shop) -> None:
+        """Whatever runs now without its marker."""
+        with Ledger(self._ledger_url) as ledger:
+            shop.ask_again(ledger.at_work(shop.name).values())
 
     def _at_work(self, shop: Shop, worker: Worker) -> dict[int, str]:
         """The children within a handler, and its order; waits a moment for one: the others have nothing to lose."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import random
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from celery import Celery
@@ -40,13 +41,14 @@ class Publisher:
         self._chance = random.Random(f"orders of {shop} {seed}")
         self._seconds, self._rate = seconds, rate
         self._stopped = threading.Event()
-        self._asked: deque[str] = deque()
+        self._asked: SimpleQueue[str | None] = SimpleQueue()  # None: look whether it is over
         self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._work, name=f"publisher of {shop}")
 
     def ask_again(self, orders: Iterable[str]) -> None:
-        """Publish these once more, soon."""
-        self._asked.extend(orders)
+        """Publish these once more, at once."""
+        for order in orders:
+            self._asked.put(order)
 
     def start(self) -> None:
         self._thread.start()
@@ -62,6 +64,7 @@ class Publisher:
     def stop(self) -> None:
         """End at once."""
         self._stopped.set()
+        self._asked.put(None)
         if self._thread.ident is not None:
             self._thread.join(timeout=30)
 
@@ -82,10 +85,16 @@ class Publisher:
         while due and not self._stopped.is_set():
             message = heapq.heappop(due)
             # What would come later than the run lasts comes at its end, and is a duplicate of something old.
-            self._stopped.wait(began + min(message.at, self._seconds) - time.monotonic())
+            for order in self._asked_until(began + min(message.at, self._seconds)):
+                self._publish(app, by_order[order])
             self._publish(app, message)
-            while self._asked:
-                self._publish(app, by_order[self._asked.popleft()])
+
+    def _asked_until(self, at: float) -> Iterator[str]:
+        while not self._stopped.is_set() and (left := at - time.monotonic()) > 0:
+            with contextlib.suppress(Empty):
+                order = self._asked.get(timeout=left)
+                if order is not None:
+                    yield order
 
     def _publish(self, app: Celery, due: Due) -> None:
         at = time.time()
@@ -98,7 +107,7 @@ class Publisher:
             at = (number + chance.random()) / self._rate
             order, task = f"{number:05d}", chance.choice(TASKS)
             # A few run longer than their lease, which has to be renewed.
-            whole = chance.uniform(1.1, 1.8) * LEASE if chance.random() < 0.03 else chance.uniform(0, 0.3)
+            whole = chance.uniform(1.1, 1.8) * LEASE if chance.random() < 0.06 else chance.uniform(0, 0.3)
             before = round(whole * chance.random(), 3)
             copies = chance.choice((1, 2)) if chance.random() < 1 / 3 else 0
             times = [at, *(at + self._lateness() for _ in range(copies))]
