@@ -140,6 +140,14 @@ def test_paused_before_it_began() -> None:
     assert {kind for kind, _ in only(verdict_of(order)).problems} == {"duplicated", "unexpected"}
 
 
+def test_answer_of_a_claim_came_late() -> None:
+    """A charge whose claim was answered late, and that was taken over soon after it began, had its whole lease."""
+    order = order_of()
+    lease_cut_short(order)
+    order.made.fault("black_hole", 0.0, 0.9, part="sql")
+    assert verdict_of(order).good, verdict_of(order).problems
+
+
 def test_given_up() -> None:
     """A charge whose first run was given up before its effect runs again at once, and is good."""
     order = order_of()
