@@ -212,7 +212,7 @@ def _crash_points(places: list[Place]) -> Iterator[tuple[str, Script]]:
     """Yield what can happen on the way that an undisturbed delivery takes, in its order, and then the rest."""
     seen: Counter[str] = Counter()
     for at, place in enumerate(places):
-        if at > 0 and place.when == "before" and (places[at - 1].verb, place.verb) in _NOTHING_BETWEEN:
+        if place.when == "before" and (places[at - 1].verb, place.verb) in _NOTHING_BETWEEN:
             continue
         name = f"killed {_where(place)}"
         seen[name] += 1

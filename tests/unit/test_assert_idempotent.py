@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -239,16 +240,30 @@ def test_a_dead_worker_does_nothing_more() -> None:
 def test_a_nested_handler_has_crash_points_too() -> None:
     """A handler that it calls uses the same store, and is not run again where its own outcome was recorded."""
     mails: list[str] = []
-    mail = appending(mails)
+    mail = appending(mails, lease=5000, max_hold=5000)  # far longer than that of the handler under test
 
     @idempotent_task(key="{order}")
     def charge(order: str) -> str:
         return mail(order)
 
     text = failing(charge, "A-1", effects={"mails": mails})
+    assert re.search(r"undisturbed +1 +1 ", text)
     assert marked(text) == {"killed after its handler ended, in a nested call"}
     assert "killed before it took the marker, in a nested call" in text
     assert "killed after its handler ended  " in text
+
+
+def test_a_nested_handler_that_refuses_its_duplicate_is_told() -> None:
+    """What it raises is the failure of the handler that called it, which then never ends (F1)."""
+    mail = upserting({}, on_duplicate="raise")
+
+    @idempotent_task(key="{order}")
+    def charge(order: str) -> str:
+        return mail(order)
+
+    text = failing(charge, "A-1")
+    assert "killed after its handler ended" in marked(text)
+    assert "the handler raised DuplicateError" in text
 
 
 # Effects.

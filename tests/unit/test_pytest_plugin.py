@@ -187,6 +187,12 @@ class TestWrong(StoreContract):
     assert "assert None is not None" in text
 
 
+def test_a_name_that_is_not_there_is_an_error() -> None:
+    """Names that are imported when they are used do not hide one that was mistyped."""
+    with pytest.raises(ImportError, match="assert_idempotentt"):
+        from idem_tasks.testing import assert_idempotentt  # noqa: F401
+
+
 def test_it_imports_no_client_library() -> None:
     """Nor what is only needed by those who use it: it is loaded in every run."""
     unused = {"idem_tasks.testing.contract", "idem_tasks.testing.idempotent", "idem_tasks.stores.memory", "hypothesis"}
