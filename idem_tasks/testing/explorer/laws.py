@@ -91,7 +91,8 @@ class Laws:
         """Return what later checks depend on."""
         epochs = tuple((e.effects, e.excuses, e.outcome, e.waited, e.closed) for e in self._epochs)
         granted = frozenset(self._granted.items())
-        return epochs, self._last_token, granted, frozenset(self._ran), frozenset(self._returned)
+        answered = frozenset((epoch, frozenset(given)) for epoch, given in self._answered.items())
+        return epochs, self._last_token, granted, frozenset(self._ran), frozenset(self._returned), answered
 
     def _broken(self, law: Law, what: str) -> None:
         if self.violation is None:

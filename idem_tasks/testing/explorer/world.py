@@ -178,6 +178,11 @@ class Actor:
         self.holds_message = False
         self.first_epoch = 0
 
+    def summary(self) -> tuple[Any, ...]:
+        """Return all that its next steps depend on, with the answer that it has not heard yet."""
+        waits_at = None if self.step is None else (self.step.tier, self.step.verb, _summary(self.step.answer))
+        return self.name, self.trail, waits_at, self.holds_message, self.first_epoch
+
     def resume(self, world: World, reply: bool | BaseException | None) -> None:
         """Go on to the next step or to the end."""
         world.going_on(self.name)
@@ -502,8 +507,9 @@ class World:
     # What the laws see
 
     async def _record_command(self, verb: str, effect: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        before, epoch = self._last_seen, self.laws.epoch
         answer = await effect(*args, **kwargs)
+        # Not read earlier: in a protocol that was broken on purpose, others come between two statements of a command.
+        before, epoch = self._last_seen, self.laws.epoch
         after = self._last_seen = run_sync(self.record.get(SCOPE, KEY))
         match verb:
             case "claim" | "finish" | "release":
@@ -608,10 +614,10 @@ class World:
             (
                 None if self._last_seen is None else _record_summary(self._last_seen),
                 _marker_summary(standing),
-                tuple((name, actor.trail, actor.holds_message) for name, actor in sorted(self.actors.items())),
+                tuple(actor.summary() for _, actor in sorted(self.actors.items())),
                 tuple((w.name, w.dead, _heartbeat_summary(w.heartbeat)) for w in self.workers.values()),
                 (self.ready, self.begun, self.runs, frozenset(self.down), self.clock(), self._people),
-                tuple(self._unfinished),
+                (tuple(self._unfinished), frozenset(self._decided.items())),
                 (self.faults_left, frozenset(self.left.items())),
                 self.laws.summary(),
             )
