@@ -90,6 +90,24 @@ def explain(run: Run, next_run: Started, faults: Iterable[Fault], lease: float) 
     return ()
 
 
+def may_be_in_doubt(
+    run: Started, answered_at: float | None, since: float, faults: Iterable[Fault], lease: float
+) -> bool:
+    """Tell whether a fault is a reason to doubt this run `since` then: killed, paused past its lease, or without SQL.
+
+    For how long before is not asked: who put it in doubt may itself have been struck, and somebody else told of it.
+    """
+    for fault in faults:
+        struck = fault.at <= since and fault.until + SLACK >= run.at - lease / 2
+        if fault.kind in KILLS and run.pid in fault.pids and struck and answered_at is None:
+            return True
+        away = (fault.kind == "worker_paused" and run.pid in fault.pids) or is_of_sql(fault, run.shop)
+        lasted = min(fault.until, since) - max(fault.at, run.at - lease / 2)
+        if struck and away and lasted >= lease / 2 and (answered_at is None or fault.at <= answered_at):
+            return True
+    return False
+
+
 def was_held_up(run: Started, faults: Iterable[Fault], lease: float) -> bool:
     """Tell whether this run may have begun long after its claim: paused before it, or the claim's answer came late."""
     return any(

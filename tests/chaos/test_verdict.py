@@ -526,6 +526,54 @@ def payment_had_two_effects(order: Order) -> None:
     order.killed(1.0)
 
 
+def doubted_without_fault(order: Order) -> None:
+    order.in_doubt(1.0)
+    order.made.faults.clear()
+
+
+def doubted_though_another_was_killed(order: Order) -> None:
+    order.in_doubt(1.0)
+    order.made.faults[0] = replace(order.made.faults[0], pids=(99,))
+
+
+def doubted_before_it_was_killed(order: Order) -> None:
+    order.in_doubt(1.0)
+    order.made.faults[0] = replace(order.made.faults[0], at=BEGAN + 5.0, until=BEGAN + 5.0)
+
+
+def doubted_though_it_answered(order: Order) -> None:
+    order.in_doubt(1.0)
+    order.answer(1.25, None, pid=order.made.started[0].pid, error="Ignore")
+
+
+def doubted_after_a_short_pause(order: Order) -> None:
+    order.in_doubt(1.0)
+    order.made.faults.clear()
+    order.made.fault("worker_paused", 1.3, 2.2, part="worker 0", pids=(order.made.started[0].pid,))
+
+
+def doubted_and_sql_away_elsewhere(order: Order) -> None:
+    order.in_doubt(1.0)
+    order.made.faults.clear()
+    order.made.fault("sql_restarted", 1.3, 3.5, part=f"{OTHER_SHOP} sql")
+
+
+def doubted_before_it_began(order: Order) -> None:
+    order.in_doubt(1.0)
+    order.made.faults.clear()
+    order.made.started[0] = replace(order.made.started[0], at=BEGAN + 6.0)
+
+
+DOUBTED = [
+    doubted_without_fault,
+    doubted_though_another_was_killed,
+    doubted_before_it_was_killed,
+    doubted_though_it_answered,
+    doubted_after_a_short_pause,
+    doubted_and_sql_away_elsewhere,
+    doubted_before_it_began,
+]
+
 BROKEN_CHARGES: dict[str, list[Callable[[Order], None]]] = {
     "lost": [
         no_record,
@@ -618,6 +666,44 @@ def test_broken_payment(tell: Callable[[Order], None]) -> None:
     tell(order)
     expected = "duplicated" if tell is payment_had_two_effects else "unexpected"
     assert only(verdict_of(order)).worst == expected
+
+
+@pytest.mark.parametrize("tell", DOUBTED)
+def test_doubt_without_reason(tell: Callable[[Order], None]) -> None:
+    """A payment that was put in doubt though no fault struck its run is found."""
+    order = order_of("pay")
+    tell(order)
+    assert sum("without a fault" in problem for problem in verdict_of(order).problems) == 1
+
+
+@pytest.mark.parametrize("kind", ["sql_restarted", "black_hole"])
+def test_doubt_without_sql(kind: str) -> None:
+    """A payment may be put in doubt when SQL was away for longer than its lease."""
+    order = order_of("pay")
+    order.in_doubt(1.0)
+    order.made.faults.clear()
+    order.made.fault(kind, 1.3, 3.5, part="sql")
+    assert verdict_of(order).good, verdict_of(order).problems
+
+
+def test_doubt_before_it_began() -> None:
+    """A payment paused between its claim and its handler may be in doubt before it begins."""
+    order = order_of("pay")
+    run = order.start(4.0)
+    order.made.fault("worker_paused", 0.5, 3.9, part="worker 0", pids=(run.pid,))
+    order.answer(3.0, None, error="InDoubtError")
+    order.effect(run, 4.1)
+    order.answer(4.2, order.outcome(1), pid=run.pid)
+    order.keep()
+    assert verdict_of(order).good, verdict_of(order).problems
+
+
+def test_doubt_of_nobody() -> None:
+    """A payment whose claim was struck before any run began may be in doubt."""
+    order = order_of("pay")
+    order.answer(3.0, None, error="InDoubtError")
+    order.keep("in_doubt", 1)
+    assert verdict_of(order).good, verdict_of(order).problems
 
 
 def test_problem_tells_what_happened() -> None:

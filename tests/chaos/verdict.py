@@ -24,7 +24,7 @@ from itertools import pairwise
 from typing import Any
 
 from idem_tasks import errors
-from tests.chaos.explained import Explained, Run, explain, was_held_up
+from tests.chaos.explained import Explained, Run, explain, may_be_in_doubt, was_held_up
 from tests.chaos.history import Answered, Effect, Fault, History, Kept, Published, Started
 
 BROKEN = ("lost", "duplicated", "unexpected")
@@ -194,6 +194,7 @@ class Rules:
             self._effects_are_of_runs,
             self._no_lease_is_cut_short,
             self._policy_is_kept,
+            self._doubt_has_a_reason,
         )
         problems = tuple((kind, self._sentence(what)) for rule in rules for kind, what in rule())
         shop, order, task = self._rows.key
@@ -356,6 +357,24 @@ class Rules:
             return
         for row in self._rows.started[1:]:
             yield "unexpected", f"began again {self._of(row)}, though it is held after a crash"
+
+    def _doubt_has_a_reason(self) -> Iterator[tuple[str, str]]:
+        """A run that began, and whose process nothing had struck, was put in doubt while its lease should have lived.
+
+        Where none began, a claim was struck before its run: nobody wrote down whose.
+        """
+        doubted = next((row for row in self._rows.answered if row.error == "InDoubtError"), None)
+        run = self._rows.started[0] if self._rows.started else None
+        if doubted is None or run is None:
+            return
+        answer = next((row for row in self._rows.answered if row.pid == run.pid and row.at >= run.at), None)
+        answered_at = answer.at if answer else None
+        if run.at > doubted.at:
+            has_reason = was_held_up(run, self._faults, self._lease)
+        else:
+            has_reason = may_be_in_doubt(run, answered_at, doubted.at, self._faults, self._lease)
+        if not has_reason:
+            yield "unexpected", f"began {self._of(run)}, and was in doubt at {self._at(doubted.at)} without a fault"
 
     def _sentence(self, what: str) -> str:
         shop, order, task = self._rows.key
