@@ -382,3 +382,8 @@ def test_a_persons_word_reaches_the_record_first(tiers: Tiers) -> None:
     assert tiers.standing() == "finished"
     assert run_sync(tiers.store.forget("s", "k")) is False
     assert tiers.standing() is None
+    tiers.finish(tiers.granted())
+    found: list[Any] = []
+    tiers.marker.before("drop", lambda: found.append(run_sync(tiers.record.real.get("s", "k"))))
+    assert run_sync(tiers.store.forget("s", "k"))
+    assert found == [None], "else a claim between the two would publish the old outcome again"
