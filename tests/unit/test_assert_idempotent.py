@@ -300,13 +300,14 @@ def test_effects_before_are_not_counted() -> None:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> sqlalchemy.Engine:
+def engine(tmp_path: Path) -> Iterator[sqlalchemy.Engine]:
     engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path}/shop.db")
     with engine.begin() as connection:
         connection.execute(sqlalchemy.text("CREATE TABLE payments (order_id TEXT)"))
         connection.execute(sqlalchemy.text("CREATE TABLE mails (order_id TEXT PRIMARY KEY)"))
         connection.execute(sqlalchemy.text("CREATE TABLE idem_tasks_records (id TEXT)"))
-    return engine
+    yield engine
+    engine.dispose()
 
 
 def paying(engine: sqlalchemy.Engine, insert_mail: str) -> Callable[[str], None]:
