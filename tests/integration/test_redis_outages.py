@@ -9,10 +9,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from coverage import Coverage
 from redis import Redis
 
 from idem_tasks.claims import ClaimRequest, EncodedOutcome, Finished, Granted, InProgress, Lease, Recorded, new_owner
@@ -332,6 +333,19 @@ def test_a_forked_child_has_connections_of_its_own(redis_url: str) -> None:
     run_sync(store.close())
 
 
+@pytest.fixture
+def unmeasured() -> Iterator[None]:
+    """Let no coverage be measured: it takes a lock now and then, and struck there, it would wait for it for ever."""
+    stopped = []
+    while (measuring := Coverage.current()) is not None:  # pytest-cov's is above the one that every process starts
+        measuring.stop()
+        stopped.append(measuring)
+    yield
+    for measuring in reversed(stopped):
+        measuring.start()
+
+
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # struck in a finalizer
 def test_an_interrupted_call_leaves_no_reply_for_the_next(redis_url: str) -> None:
     """A time limit that strikes between a command and its reply never makes the next key get that reply."""
