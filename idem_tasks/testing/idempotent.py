@@ -120,7 +120,7 @@ class _Examination:
     async def _points(self) -> list[ReportedPoint]:
         undisturbed, end, places = await self._undisturbed("raised in the undisturbed run of assert_idempotent")
         again, *_ = await self._undisturbed(f"raised by the second undisturbed run, which {_REMEMBERS}")
-        if again.effects != undisturbed.effects:
+        if _nonzero(again.effects) != _nonzero(undisturbed.effects):
             raise ConfigurationError(
                 f"effects were {dict(undisturbed.effects)} in one undisturbed run and {dict(again.effects)} in the "
                 f"next, which {_REMEMBERS}"
@@ -149,7 +149,8 @@ class _Examination:
         message = Message(self.function, self._deliver)
         delivery = await message.play(script)
         after = await count(self._effects)
-        return message, delivery, {name: number - before.get(name, 0) for name, number in after.items()}
+        names = dict.fromkeys([*before, *after])
+        return message, delivery, {name: after.get(name, 0) - before.get(name, 0) for name in names}
 
     def _deliver(self) -> Any:
         return self._task(*_as_sent(self._args), **_as_sent(dict(self._kwargs)))
@@ -165,6 +166,10 @@ _REMEMBERS = (
     "began with a store of its own: what the handler works with remembers the run before; "
     "give reset=, a callable that makes it forget"
 )
+
+
+def _nonzero(counted: Mapping[str, int]) -> Counts:
+    return {name: number for name, number in counted.items() if number}
 
 
 def _decorated(task: Callable[..., Any]) -> IdempotentFunction:
@@ -293,8 +298,9 @@ def _judged(
 ) -> ReportedPoint:
     settled = [end for end in message.ends if end.settled]
     told = [end for end in settled if end.how != "held"]
-    expected = undisturbed.effects
     complete = bool(told) and len(told) == len(settled)
+    expected = {**dict.fromkeys(counted, 0), **undisturbed.effects}
+    counted = {**dict.fromkeys(expected, 0), **counted}
     return ReportedPoint(
         name,
         message.runs,

@@ -91,20 +91,20 @@ class Delivery:
         """What a handler raised last."""
         self.arrived = at is None
         """Whether it came to the place where something happens."""
+        self.dead = False
         self._at = at
         self._happening = happening
-        self._dead = False
 
     def pass_by(self, place: Place) -> Happening | None:
         """Note where it is, and return what happens there; raises `WorkerKilled` if it is killed or was before."""
-        if self._dead:
+        if self.dead:
             raise WorkerKilled
         self.places.append(place)
         if len(self.places) - 1 != self._at:
             return None
         self.arrived = True
         if self._happening is None:
-            self._dead = True
+            self.dead = True
             raise WorkerKilled
         return self._happening
 
@@ -139,14 +139,14 @@ class Message:
         self.not_kept: str | None = None
         self._call = call
         self._clock = ManualClock()
-        self._deadlines = ManualClock(deadline_clock())
+        self.deadlines = ManualClock(deadline_clock())
         marker = stepped_marker(MemoryMarker(self._clock), self._reach)
         self._store = TieredStore(marker, stepped_record(MemoryStore(self._clock), self._reach))
         self._made: dict[tuple[Idempotency, RuntimeName], Services] = {}
 
     async def play(self, script: Callable[[Message], Awaitable[T]]) -> T:
         """Let this happen to the message, while every `Idempotency` uses its world."""
-        with services_from(self._services), deadline_clock_from(self._deadlines):
+        with services_from(self._services), deadline_clock_from(self.deadlines):
             return await script(self)
 
     async def deliver(self, at: int | None = None, happening: Happening | None = None) -> Delivery:
@@ -177,17 +177,22 @@ class Message:
         try:
             value = self._call()
             return End("returned", await value if self.function.asynchronous else value)
-        except WorkerKilled:
-            return KILLED
-        except PUT_BACK as error:
+        except BaseException as error:
+            if delivery.dead:  # whatever its last breath is wrapped in, such as the group of a TaskGroup
+                return KILLED
+            if not isinstance(error, Exception):
+                raise
+            return self._end(error, ours=isinstance(error, IdemTasksError) and error is not delivery.raised)
+
+    def _end(self, error: Exception, *, ours: bool) -> End:
+        """Tell what an error means for the message; `ours` is false for what the handler itself raised."""
+        if isinstance(error, PUT_BACK):
             return End("again", error)
-        except (InDoubtError, ParkedError) as error:
+        if isinstance(error, InDoubtError | ParkedError):
             return End("held", error)
-        except Exception as error:  # noqa: BLE001 - a handler may raise anything
-            ours = isinstance(error, IdemTasksError) and error is not delivery.raised
-            if ours and isinstance(error, DuplicateError):
-                return End("returned", error.outcome)
-            return End("raised" if ours or isinstance(error, self.function.policy.record_failures) else "failed", error)
+        if ours and isinstance(error, DuplicateError):
+            return End("returned", error.outcome)
+        return End("raised" if ours or isinstance(error, self.function.policy.record_failures) else "failed", error)
 
     async def _reach(self, step: Step) -> bool:
         await self._pass_by(step.tier, step.verb, step.when)
@@ -215,7 +220,7 @@ class Message:
 
     def _pass_time(self, seconds: float) -> None:
         self._clock.advance(seconds)
-        self._deadlines.advance(seconds)
+        self.deadlines.advance(seconds)
 
     # What `_Watched` tells.
 

@@ -55,10 +55,11 @@ class IdempotencyReport:
         return "\n".join(parts)
 
     def _table(self) -> str:
-        names = [name for name in self.points[0].effects if any(point.effects[name] for point in self.points)]
+        every = dict.fromkeys(name for point in self.points for name in point.effects)
+        names = [name for name in every if any(point.effects.get(name) for point in self.points)]
         rows = [["", "runs ", *(f"{name} " for name in names), "outcome"]]
         for point in self.points:
-            counted = [f"{point.effects[name]}{'!' if name in _wrong(point) else ' '}" for name in names]
+            counted = [f"{point.effects.get(name, 0)}{'!' if name in _wrong(point) else ' '}" for name in names]
             rows.append([point.name, f"{point.runs} ", *counted, point.outcome])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         marks = [" ", *("  " if point.passed else "! " for point in self.points)]
@@ -72,7 +73,7 @@ class IdempotencyReport:
         found: dict[str, list[str]] = {}
         for point in self.points:
             for name in _wrong(point):
-                expected = self.points[0].effects[name]
+                expected = self.points[0].effects.get(name, 0)
                 found.setdefault(f"{name}: {point.effects[name]} instead of {expected}", []).append(point.name)
             for fault in point.faults:
                 found.setdefault(fault, []).append(point.name)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -290,6 +291,19 @@ def test_effects_are_counted_in_many_ways(count: Callable[[list[str]], Any]) -> 
     charges: list[str] = []
     text = failing(appending(charges), "A-1", effects=count(charges))
     assert "effects: 2 instead of 1" in text
+
+
+def test_an_effect_may_be_one_that_was_not_there_undisturbed() -> None:
+    """Names may come and go: a refund that only a second run makes is told too."""
+    done: list[str] = []
+
+    @idempotent_task(key="{order}")
+    def charge(order: str) -> None:
+        done.append("refund" if current_claim().taken_over and order in done else order)
+
+    text = failing(charge, "A-1", effects=lambda: Counter(done), reset=done.clear)
+    assert "refund: 1 instead of 0" in text
+    assert "A-1: " not in text
 
 
 def test_effects_before_are_not_counted() -> None:
@@ -671,6 +685,20 @@ def test_a_handler_that_fails_undisturbed_raises_as_it_is() -> None:
     assert caught.value.__notes__ == ["raised in the undisturbed run of assert_idempotent"]
 
 
+def test_what_ends_the_program_is_not_kept_from_it() -> None:
+    """Ctrl-C, pytest.skip or a shutdown within a handler goes on at once."""
+
+    class ShutdownError(BaseException):
+        pass
+
+    @idempotent_task(key="{order}")
+    def charge(order: str) -> None:
+        raise ShutdownError
+
+    with pytest.raises(ShutdownError):
+        assert_idempotent(charge, "A-1")
+
+
 def test_a_handler_that_fails_the_second_time_needs_a_reset() -> None:
     """A fake that refuses what it knows is told from a handler that is wrong."""
     seen: set[str] = set()
@@ -722,6 +750,23 @@ def test_an_async_handler_is_judged_as_a_blocking_one() -> None:
     expected = failing(blocking.charge, "A-1", effects=blocking.effects)
     text = failing(asynchronous.achieve, "A-1", effects=asynchronous.effects)
     assert marked(text) == marked(expected) == RUN_AGAIN | {"killed after the charge"}
+
+
+def test_a_kill_within_a_task_group_is_a_kill() -> None:
+    """Though it comes out as a group of exceptions."""
+    shop = Shop()
+
+    @idempotent_task(key="{order}", on_crash="hold")
+    async def charge(order: str) -> None:
+        async def call_provider() -> None:
+            shop.charges.append(order)
+            crash_point("after the charge")
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(call_provider())
+
+    report = assert_idempotent(charge, "A-1", effects=shop.effects)
+    assert point(report, "killed after the charge").outcome == "in doubt"
 
 
 def test_within_an_event_loop_it_is_awaited() -> None:
