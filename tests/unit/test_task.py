@@ -961,6 +961,58 @@ def test_a_release_that_fails_leaves_the_lease_to_run_out(world: World) -> None:
     assert world.charge(fingerprint=None)("A-1") == "charged 5 for A-1"
 
 
+def test_a_claim_that_is_struck_and_cannot_be_withdrawn_is_logged(world: World) -> None:
+    """What struck goes on whatever becomes of the claim, whose lease then runs out (F33, F62)."""
+    world.record_tier.after("claim", KeyboardInterrupt())
+    world.record_tier.down("release")
+    with pytest.raises(KeyboardInterrupt):
+        world.charge()("A-1")
+    assert world.names() == [EventName.RELEASE_FAILED]
+    assert world.held() == 0
+    assert world.state() is State.RUNNING
+    world.pass_time(LEASE + 1)
+    assert world.charge()("A-1") == "charged 5 for A-1"
+    assert world.effects == ["A-1"]
+
+
+class SoftLimitError(Exception):
+    """Stands for a framework's soft time limit."""
+
+
+class Framework:
+    """A host that settles nothing by itself."""
+
+    scope = None
+    message = "m-1"
+    framework_argument = False
+
+    def is_failure(self, error: BaseException) -> bool:
+        return True
+
+    def proves_no_effect(self, error: BaseException) -> bool:
+        return False
+
+    def settle(self, error: BaseException, announce: Any) -> BaseException:
+        return error
+
+
+@pytest.mark.parametrize(
+    "struck, raised", [(SoftLimitError(), StoreUnavailableError), (KeyError("a bug"), KeyError)], ids=["limit", "bug"]
+)
+def test_a_soft_limit_before_the_handler_puts_the_message_back(
+    monkeypatch: pytest.MonkeyPatch, world: World, struck: Exception, raised: type[Exception]
+) -> None:
+    """Nothing has run, so the message comes again, where the framework would fail it; a bug is not hidden (F31)."""
+    monkeypatch.setattr("idem_tasks.hosts._finders", [lambda _: Framework()])
+    monkeypatch.setattr("idem_tasks.runtime._INTERRUPTIONS", [SoftLimitError])
+    world.record_tier.after("claim", struck)
+    with pytest.raises(raised):
+        world.charge()("A-1")
+    assert world.effects == []
+    assert world.state() is State.RELEASED
+    assert world.charge()("A-1") == "charged 5 for A-1"
+
+
 def test_a_finish_is_retried_while_the_lease_lives(world: World) -> None:
     """SQL away for some seconds at the finish costs nothing but these seconds (F45)."""
     world.record_tier.before("finish", away(), StoreError("odd"), away(), away())
