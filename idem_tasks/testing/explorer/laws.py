@@ -28,9 +28,15 @@ class Law(Enum):
     EFFECT_EXPLAINED = "under rerun, an effect is repeated only after a takeover or a release"
     CLAIMED = "a handler runs only under a claim that was granted to it, once for each"
     TOKEN_RISES = "every claim that is granted has a higher fencing token than all before"
-    LEASE_RESPECTED = "nobody takes a claim over whose lease is not over"
-    FENCE = "only the claim that was granted last records an outcome or releases"
+    LEASE_RESPECTED = "nobody takes a claim over, or ends it, whose lease is not over"
+    FENCE = "only the claim that was granted last is renewed, released or records an outcome"
     OUTCOME_STANDS = "a recorded outcome is not replaced, and not run again within its retention"
+    FORGOTTEN = "what a person deleted is not recorded again by a finish that was sent when its lease was over"
+    LATE_FINISH = "the claim that stands can record its outcome, also when it was put in doubt"
+    LATE_FAILURE = "a handler that was superseded ends by the recorded outcome, not by its own failure"
+    OUTCOME_KEPT = "an outcome that SQL would not take waits in the marker, and in the process that tries on"
+    NOTHING_LEFT = "a call that is over, and could reach both tiers, holds neither the record nor the marker"
+    RETENTION_ENDS = "only an end whose retention is over is purged or begun afresh"
     PERSON_DECIDES = "in doubt and parked are ended by a person, or by the late finish of the claim in doubt"
     NO_RELEASE_AFTER_RETURN = "once a handler has returned, nothing releases its claim"
     RECORDED_BEFORE_ANSWER = "nobody is given an outcome that was never recorded, or was forgotten before they asked"
@@ -75,6 +81,8 @@ class Laws:
         self._granted: dict[str, tuple[int, int]] = {}  # owner: fencing token, epoch
         self._ran: set[str] = set()
         self._returned: set[str] = set()
+        self._finishes: set[str] = set()
+        self._leases: dict[str, float] = {}  # owner: when its lease ends
         self._answered: dict[int, set[str]] = defaultdict(set)
 
     @property
@@ -92,7 +100,8 @@ class Laws:
         epochs = tuple((e.effects, e.excuses, e.outcome, e.waited, e.closed) for e in self._epochs)
         granted = frozenset(self._granted.items())
         answered = frozenset((epoch, frozenset(given)) for epoch, given in self._answered.items())
-        return epochs, self._last_token, granted, frozenset(self._ran), frozenset(self._returned), answered
+        owners = frozenset(self._ran), frozenset(self._returned), frozenset(self._finishes)
+        return epochs, self._last_token, granted, owners, frozenset(self._leases.items()), answered
 
     def _broken(self, law: Law, what: str) -> None:
         if self.violation is None:
@@ -102,12 +111,14 @@ class Laws:
 
     def record_changed(self, verb: str, owner: str, before: Record | None, after: Record | None, now: float) -> None:
         """Check what a command of `owner` made of the record; for a person's command the owner is empty."""
-        if before is not None and after is None:
-            return self._begin_epoch()
-        if after is None:
-            return None
-        if before is not None and after.generation > before.generation:
+        if before is not None and (after is None or after.generation > before.generation):
+            self._ended(verb, before, now)
             self._begin_epoch()
+        if after is None:
+            return
+        if after.state is State.RUNNING:
+            self._leases[after.owner] = after.lease_expires_at.timestamp()
+        if before is not None and after.generation > before.generation:
             self._epochs[-2].closed = True
             before = None
         match verb:
@@ -117,6 +128,10 @@ class Laws:
                 self._finished(owner, before, after)
             case "release":
                 self._released(owner, before, after)
+            case "renew" if before is not None and before.owner != owner:
+                self._broken(Law.FENCE, f"{owner} renewed the claim of {before.owner}")
+            case "resolve" if before is not None and _is_held(before, now):
+                self._broken(Law.LEASE_RESPECTED, f"a person ended the claim of {before.owner}")
             case "resolve" if after.state is State.RELEASED:
                 self._begin_epoch()
                 self._epochs[-2].closed = False
@@ -124,7 +139,14 @@ class Laws:
                 self._epochs[-1].outcome = text_of(after)
         if after.state in WAITING:
             self._epochs[-1].waited = True
-        return None
+
+    def _ended(self, verb: str, before: Record, now: float) -> None:
+        """Check that a record may be deleted, or begun afresh."""
+        if _is_held(before, now):
+            self._broken(Law.LEASE_RESPECTED, f"{verb} ended the claim of {before.owner}, whose lease was not over")
+        over = before.expires_at.timestamp() <= now + _ROUNDING
+        if verb != "forget" and (before.state in (State.RUNNING, *WAITING) or not over):
+            self._broken(Law.RETENTION_ENDS, f"{verb} ended what was {before.state.value}")
 
     def _begin_epoch(self) -> None:
         self._epochs.append(_Epoch())
@@ -135,8 +157,8 @@ class Laws:
                 self._broken(Law.OUTCOME_STANDS, f"a record that was {before.state.value} became {after.state.value}")
             if before.state in WAITING and after.state is not before.state:
                 self._broken(Law.PERSON_DECIDES, f"a claim made {before.state.value} {after.state.value}")
-            held = before.state is State.RUNNING and now < before.lease_expires_at.timestamp() - _ROUNDING
-            if held and before.owner != owner and (after.owner, after.state) != (before.owner, before.state):
+            changed = (after.owner, after.state) != (before.owner, before.state)
+            if _is_held(before, now) and before.owner != owner and changed:
                 self._broken(Law.LEASE_RESPECTED, f"{owner} took over from {before.owner}, whose lease was not over")
         if after.state is State.RUNNING and after.owner == owner:
             same = before is not None and (before.owner, before.fencing_token) == (owner, after.fencing_token)
@@ -173,6 +195,18 @@ class Laws:
             self._broken(Law.OUTCOME_STANDS, f"{owner} released what was {before.state.value}")
         if after.state is State.RELEASED:
             self._epochs[-1].excuses += 1
+
+    def finish_came(
+        self, verb: str, owner: str, before: Record | None, after: Record | None, *, sent_at: float
+    ) -> None:
+        """Check what became of an outcome that reached the record, whether that changed or not."""
+        self._finishes.add(owner)
+        stands = before is not None and before.owner == owner and before.state in (State.RUNNING, State.IN_DOUBT)
+        if stands and (after is None or after.state not in ENDED):
+            self._broken(Law.LATE_FINISH, f"the outcome of {owner}, whose claim stood, was refused")
+        sent_late = verb == "write_through" or sent_at > self._leases.get(owner, 0.0) + _ROUNDING
+        if before is None and after is not None and sent_late and not self._record_may_be_lost:
+            self._broken(Law.FORGOTTEN, f"{verb} of {owner} made a record where there was none")
 
     def record_was_lost(self) -> None:
         """The database lost its last moments; what it lost is not our doing."""
@@ -216,6 +250,33 @@ class Laws:
         """Note that nothing may release its claim from now on."""
         self._returned.add(owner)
 
+    def call_is_over(
+        self,
+        owner: str,
+        *,
+        reached: bool,
+        record: Record | None,
+        marker: tuple[str, str] | None,
+    ) -> None:
+        """Check that a call that `reached` the tiers whenever it asked them has left nothing behind."""
+        if not reached:
+            return
+        if record is not None and record.state is State.RUNNING and record.owner == owner:
+            self._broken(Law.NOTHING_LEFT, f"{owner} is over, and its claim still runs")
+        if marker == ("running", owner):
+            self._broken(Law.NOTHING_LEFT, f"{owner} is over, and its marker still says that it runs")
+
+    def is_kept(self, owner: str, *, in_marker: bool, tried_again: bool) -> None:
+        """Check that an outcome which never reached the record is not given up when its call is over."""
+        if owner in self._returned and owner not in self._finishes and not (in_marker and tried_again):
+            where = "its process does not try on" if in_marker else "it is not in the marker"
+            self._broken(Law.OUTCOME_KEPT, f"the outcome of {owner} is not recorded, and {where}")
+
+    def failed(self, owner: str, *, superseded: bool) -> None:
+        """Check that a handler's own failure may go on; `superseded`: its release heard a recorded outcome."""
+        if superseded:
+            self._broken(Law.LATE_FAILURE, f"{owner} was told the recorded outcome, and failed")
+
     # The answer and the message
 
     def answered(self, owner: str, outcome: str, *, first_epoch: int) -> None:
@@ -236,6 +297,10 @@ class Laws:
         """Check that a message which ended in doubt or parked is found by a person."""
         if not any(epoch.waited for epoch in self._epochs[first_epoch:]):
             self._broken(Law.ACKNOWLEDGED_IS_RECORDED, f"{owner} was acknowledged with {why}")
+
+
+def _is_held(record: Record, now: float) -> bool:
+    return record.state is State.RUNNING and now < record.lease_expires_at.timestamp() - _ROUNDING
 
 
 def text_of(record: Record) -> str:

@@ -140,6 +140,7 @@ class Worker:
         self.world = world
         self.name = name
         self.dead = False
+        self.has_beaten = False
         self.reply: str | None = None
         """What becomes of the next reply, where the world does not stop at each."""
         announce = Announcer(())
@@ -159,7 +160,10 @@ class Worker:
         self.world.log[-1] += f" -> {_words_of(step.answer)}"
         self.world.was_told(step.answer)
         if fault == "reply lost":
+            self.world.actor_at_hand.outages.add(step.tier)
             raise StoreUnavailableError("the reply was lost")
+        if fault is None:
+            self.world.actor_at_hand.hear(step)
         return fault == "sent again"
 
 
@@ -177,6 +181,12 @@ class Actor:
         """A hash of all it was told: its local state follows from that."""
         self.holds_message = False
         self.first_epoch = 0
+        self.sent_at = 0.0
+        """When it came to its step: when a command was sent."""
+        self.outages: set[str] = set()
+        """The tiers that it could not reach, once at least."""
+        self.superseded = False
+        """Whether its release was answered with a recorded outcome."""
 
     def summary(self) -> tuple[Any, ...]:
         """Return all that its next steps depend on, with the answer that it has not heard yet."""
@@ -191,6 +201,10 @@ class Actor:
             raise Violation(Law.KNOWN_ENDINGS, f"{self.name} went round in a circle")
         told = type(reply).__name__ if isinstance(reply, BaseException) else (reply, self.worker.reply)
         step = self.step
+        if step is not None and isinstance(reply, StoreUnavailableError):
+            self.outages.add(step.tier)
+        elif step is not None and step.when == "after" and reply is False:
+            self.hear(step)
         seen = None if step is None else (step.tier, step.verb, step.when, _summary(step.answer))
         self.trail = hash((self.trail, seen, told, world.clock()))
         self.step = None
@@ -201,6 +215,12 @@ class Actor:
                 self.step = self.context.run(self.coroutine.send, reply)
         except (StopIteration, KilledError):
             del world.actors[self.name]
+        self.sent_at = world.clock()
+
+    def hear(self, step: Step) -> None:
+        """Note what an answer obliges it to."""
+        if (step.tier, step.verb) == ("record", "release"):
+            self.superseded = isinstance(step.answer, Finished)
 
 
 class World:
@@ -310,6 +330,7 @@ class World:
             case "beat":
                 self.log.append(f"{who}'s heartbeat begins")
                 worker = self.workers[who]
+                worker.has_beaten = True
                 self._begin(f"{who}'s heartbeat", worker, worker.heartbeat.beat())
             case "SQL up" | "Redis up":
                 self.down.discard(what.split()[0])
@@ -427,7 +448,11 @@ class World:
         request = ClaimRequest(SCOPE, KEY, FINGERPRINT, name, self.scenario.policy)
         call = Call(request, worker.services, lambda: str)
         try:
-            outcome = await perform(call, self._handler(name, worker), (), {})
+            try:
+                outcome = await perform(call, self._handler(name, worker), (), {})
+            finally:
+                if not worker.dead:
+                    self._call_is_over(actor)
         except PUT_BACK as error:
             await worker.reach(Step("broker", f"{type(error).__name__}: publish the message again", "before"))
             self.ready += 1
@@ -443,7 +468,8 @@ class World:
         except self.scenario.policy.record_failures as error:
             self.laws.answered(name, str(error), first_epoch=first_epoch)
             self.log.append(f"{name} is given the failure {error!r}")
-        except (HandlerFailedError, SoftLimitError):
+        except (HandlerFailedError, SoftLimitError) as error:
+            self.laws.failed(name, superseded=actor.superseded and isinstance(error, HandlerFailedError))
             await worker.reach(Step("broker", "the handler failed: deliver again, by the broker's own rules", "before"))
             self.ready += 1
             actor.holds_message = False
@@ -457,6 +483,21 @@ class World:
             self.log.append(f"{name} is given the outcome {outcome!r}")
         await worker.reach(Step("broker", "acknowledge", "before"))
         actor.holds_message = False
+
+    def _call_is_over(self, actor: Actor) -> None:
+        """Let the laws see what a call leaves behind."""
+        name, held, marker = actor.name, actor.worker.heartbeat, self._marker_now()
+        # A renewal that was under way may put its marker back when the call has taken it away already.
+        renewed = marker == ("running", name) and actor.worker.has_beaten
+        self.laws.call_is_over(
+            name, reached=not actor.outages, record=self._last_seen, marker=None if renewed else marker
+        )
+        elsewhere = "marker" in actor.outages or (marker is not None and marker[1] != name)
+        self.laws.is_kept(
+            name,
+            in_marker=marker == ("pending", name) or elsewhere,
+            tried_again=name in held._pending,  # noqa: SLF001 - no other way to see what it will try
+        )
 
     def _handler(self, name: str, worker: Worker) -> Callable[[], Coroutine[Any, Any, str]]:
         async def handler() -> str:
@@ -516,8 +557,13 @@ class World:
                 owner = args[0].owner
             case "write_through":
                 owner = args[2].owner
+            case "renew":
+                owners = [lease.owner for lease in args[0]]
+                owner = before.owner if before is not None and before.owner in owners else owners[0]
             case _:
                 owner = ""
+        if verb in ("finish", "write_through"):
+            self.laws.finish_came(verb, owner, before, after, sent_at=self.actor_at_hand.sent_at)
         if before != after:
             self.laws.record_changed(verb, owner, before, after, self.clock())
             if self.laws.epoch > epoch:
@@ -554,8 +600,13 @@ class World:
 
     def was_told(self, answer: Any) -> None:
         """Let two states differ in which whoever goes on now was told something else."""
-        actor = self.actors[self._going]
+        actor = self.actor_at_hand
         actor.trail = hash((actor.trail, _summary(answer)))
+
+    @property
+    def actor_at_hand(self) -> Actor:
+        """Whose commands come next."""
+        return self.actors[self._going]
 
     # The end
 
@@ -582,7 +633,9 @@ class World:
         for _ in range(12):
             if not self.ready:
                 break
-            self.clock.advance(LEASE + 0.001)
+            for _ in range(3):  # with the heartbeats that are due meanwhile
+                self.clock.advance(LEASE / 3 + 0.001)
+                self._run_down()
             before = self.ready
             for _ in range(before):
                 self.act(Action("deliver"))
