@@ -206,7 +206,11 @@ class Marker(Protocol):
         ...
 
     async def publish(self, scope: str, key: str, owner: str, finished: Finished, ttl: float) -> None:
-        """Replace our own running or pending marker by the finished outcome; leave anything else, or nothing."""
+        """Replace our own running or pending marker by the finished outcome; leave anything else, or nothing.
+
+        A marker that a renewal put back is deleted instead: that renewal may have been on its way while a person
+        forgot the record, and an outcome in its place would answer for it (F53). The next duplicate asks the record.
+        """
         ...
 
     async def keep(self, lease: Lease, outcome: EncodedOutcome) -> bool:

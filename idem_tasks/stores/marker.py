@@ -1,7 +1,8 @@
 """Markers as values of Redis keys: what they look like, and how each verb changes one in one atomic step.
 
-A marker is `running:<owner>:<fingerprint>`, `pending:<owner>:<outcome>` or `finished:<outcome>`. The part in front
-of an outcome is text, so that a script can tell whose marker stands there; the outcome is MessagePack.
+A marker is `running:<owner>:<fingerprint>`, `running:<owner>:put back` after a renewal that found none,
+`pending:<owner>:<outcome>` or `finished:<outcome>`. The part in front of an outcome is text, so that a script can tell
+whose marker stands there; the outcome is MessagePack.
 Nothing here imports a client: `Server` is all that is needed of one.
 """
 
@@ -138,6 +139,10 @@ def _running_value(request: ClaimRequest) -> bytes:
     return _running(request.owner) + (request.fingerprint or "").encode()
 
 
+def _put_back_value(owner: str) -> bytes:
+    return _running(owner) + b"put back"
+
+
 class RedisMarkers:
     """The verbs of a `Marker` on a `Server`. One round trip each; `take` needs a second for another's running one.
 
@@ -189,14 +194,17 @@ class RedisMarkers:
             [
                 (
                     self._place(lease.scope, lease.key),
-                    (_running(lease.owner), _running_value(lease.request), milliseconds(lease.policy.lease)),
+                    (_running(lease.owner), _put_back_value(lease.owner), milliseconds(lease.policy.lease)),
                 )
                 for lease in leases
             ],
         )
 
     async def publish(self, scope: str, key: str, owner: str, finished: Finished, ttl: float) -> None:
-        """Replace our own running or pending marker by the outcome for `ttl` seconds; leave anything else (F53)."""
+        """Replace our own running or pending marker by the outcome for `ttl` seconds; leave anything else (F53).
+
+        One that a renewal put back is deleted instead.
+        """
         value = _Outcome.of(
             finished.outcome,
             fingerprint=finished.fingerprint,
@@ -207,6 +215,7 @@ class RedisMarkers:
         await self._server.run(
             _PUBLISH,
             self._place(scope, key),
+            _put_back_value(owner),
             _running(owner),
             _pending(owner),
             b"finished:" + _encode(value),

@@ -27,6 +27,7 @@ _SWEEP_FLOOR = 1000
 class _Running:
     owner: str
     expires_at: float
+    put_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +96,24 @@ class MemoryMarker:
             for lease in leases:
                 match self._standing((lease.scope, lease.key), now):
                     case None:
-                        pass
-                    case _Running(owner) if owner == lease.owner:
+                        put_back = True
+                    case _Running(owner, _, put_back) if owner == lease.owner:
                         pass
                     case _:
                         continue
-                self._markers[lease.scope, lease.key] = _Running(lease.owner, now + lease.policy.lease)
+                self._markers[lease.scope, lease.key] = _Running(lease.owner, now + lease.policy.lease, put_back)
 
     async def publish(self, scope: str, key: str, owner: str, finished: Finished, ttl: float) -> None:
-        """Replace our own running or pending marker for `ttl` seconds; leave anything else, or nothing (F53)."""
+        """Replace our own running or pending marker for `ttl` seconds; leave anything else, or nothing (F53).
+
+        One that a renewal put back is deleted instead.
+        """
         with self._lock:
             now = self._clock()
             match self._standing((scope, key), now):
+                case _Running(holder, _, True) if holder == owner:
+                    del self._markers[scope, key]
+                    return
                 case _Running(holder) if holder == owner:
                     pass
                 case _Pending(lease) if lease.owner == owner:

@@ -169,6 +169,14 @@ class MarkerContract:
         assert isinstance(use.take(), MarkerRunning)
         assert use.take(lease.request) == MarkerTaken()
 
+    def test_a_marker_that_was_put_back_becomes_no_outcome(self, use: MarkerInUse) -> None:
+        """A renewal that arrives after the record was forgotten brings nothing back: its marker is only deleted (F53)."""
+        lease = use.taken()
+        use.drop("key")
+        use.renew(lease)
+        use.publish(lease)
+        use.taken()
+
     def test_a_renewal_leaves_everybody_elses(self, use: MarkerInUse) -> None:
         """Another's running marker, a finished one and a pending one are not touched by a renewal (F4)."""
         late = use.taken("running", lease=SHORT)
