@@ -62,6 +62,9 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 """Seconds between two such tries, at most."""
 
+_LATE_GRANTS = 3
+"""Grants that came too late to begin under, before the message is rather put back."""
+
 _DOUBTFUL_SIZE = 1024 * 1024
 """Bytes of an outcome, the default limit, above which it may be the outcome that a database refuses."""
 
@@ -171,10 +174,20 @@ async def claim_or_withdraw(call: Call) -> Answer:
 
     Nothing has run yet: a claim that nobody holds would make others wait for its lease, or doubt it.
     """
-    asked_at = deadline_clock()
     try:
-        answer = await call.services.store.claim(call.request)
-        return take_up(call, answer.lease, asked_at) if isinstance(answer, Granted) else answer
+        for _ in range(_LATE_GRANTS):
+            asked_at = deadline_clock()
+            answer = await call.services.store.claim(call.request)
+            if not isinstance(answer, Granted):
+                return answer
+            if deadline_clock() < asked_at + call.policy.lease:
+                return take_up(call, answer.lease, asked_at)
+            # Its lease may be over, and the heartbeat would not renew it: ask whether it is still ours.
+        await call.services.runtime.shield(lambda: withdraw(call))
+        raise StoreUnavailableError(
+            f"the store took longer than the lease to grant {call.request.scope} {call.request.key!r}, "
+            f"{_LATE_GRANTS} times: its handler did not begin"
+        )
     except IdemTasksError:
         raise
     except BaseException as interruption:
