@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 from idem_tasks.claims import Record, State
+from idem_tasks.policy import Policy
 
 ENDED = (State.COMPLETED, State.FAILED)
 WAITING = (State.IN_DOUBT, State.PARKED)
@@ -27,10 +28,13 @@ class Law(Enum):
     EFFECT_ONCE = "under hold, an outside effect happens at most once"
     EFFECT_EXPLAINED = "under rerun, an effect is repeated only after a takeover or a release"
     CLAIMED = "a handler runs only under a claim that was granted to it, once for each"
-    TOKEN_RISES = "every claim that is granted has a higher fencing token than all before"
+    RISING_FENCE = "every claim that is granted has a higher fencing token than all before"
     LEASE_RESPECTED = "nobody takes a claim over, or ends it, whose lease is not over"
+    KEPT_ALIVE = "a claim whose heartbeat beats in time is not taken over"
+    CRASHES_END = "a message that kills its worker every time is parked after max_crashes takeovers"
     FENCE = "only the claim that was granted last is renewed, released or records an outcome"
     OUTCOME_STANDS = "a recorded outcome is not replaced, and not run again within its retention"
+    RETAINED = "an outcome is kept for the whole retention from when it is recorded"
     FORGOTTEN = "what a person deleted is not recorded again by a finish that was sent when its lease was over"
     LATE_FINISH = "the claim that stands can record its outcome, also when it was put in doubt"
     LATE_FAILURE = "a handler that was superseded ends by the recorded outcome, not by its own failure"
@@ -62,7 +66,8 @@ class _Epoch:
     """The life of a record between two deletions, expiries or orders to run again."""
 
     effects: int = 0
-    excuses: int = 0
+    takeovers: int = 0
+    releases: int = 0
     outcome: str | None = None
     waited: bool = False
     closed: bool = False
@@ -72,9 +77,9 @@ class _Epoch:
 class Laws:
     """Watches one execution; `summary` is all it has to remember, so that equal states can be told."""
 
-    def __init__(self, *, holds: bool, record_may_be_lost: bool) -> None:
+    def __init__(self, policy: Policy, *, record_may_be_lost: bool) -> None:
         self.violation: Violation | None = None
-        self._holds = holds
+        self._policy = policy
         self._record_may_be_lost = record_may_be_lost
         self._last_token = 0
         self._epochs = [_Epoch()]
@@ -97,11 +102,15 @@ class Laws:
 
     def summary(self) -> tuple[Any, ...]:
         """Return what later checks depend on."""
-        epochs = tuple((e.effects, e.excuses, e.outcome, e.waited, e.closed) for e in self._epochs)
+        epochs = tuple((e.effects, e.takeovers, e.releases, e.outcome, e.waited, e.closed) for e in self._epochs)
         granted = frozenset(self._granted.items())
         answered = frozenset((epoch, frozenset(given)) for epoch, given in self._answered.items())
         owners = frozenset(self._ran), frozenset(self._returned), frozenset(self._finishes)
         return epochs, self._last_token, granted, owners, frozenset(self._leases.items()), answered
+
+    def ending(self) -> tuple[Any, ...]:
+        """Return how often what happened in each life of the record, and its outcome."""
+        return tuple((e.effects, e.takeovers, e.releases, e.outcome) for e in self._epochs)
 
     def _broken(self, law: Law, what: str) -> None:
         if self.violation is None:
@@ -109,8 +118,13 @@ class Laws:
 
     # The record
 
-    def record_changed(self, verb: str, owner: str, before: Record | None, after: Record | None, now: float) -> None:
-        """Check what a command of `owner` made of the record; for a person's command the owner is empty."""
+    def record_changed(
+        self, verb: str, owner: str, before: Record | None, after: Record | None, *, now: float, kept_alive: bool
+    ) -> None:
+        """Check what a command of `owner` made of the record; for a person's command the owner is empty.
+
+        `kept_alive`: the claim in `before` is renewed by a heartbeat that has always been in time.
+        """
         if before is not None and (after is None or after.generation > before.generation):
             self._ended(verb, before, now)
             self._begin_epoch()
@@ -123,9 +137,9 @@ class Laws:
             before = None
         match verb:
             case "claim":
-                self._claimed(owner, before, after, now)
+                self._claimed(owner, before, after, now, kept_alive=kept_alive)
             case "finish" | "write_through":
-                self._finished(owner, before, after)
+                self._finished(owner, before, after, now)
             case "release":
                 self._released(owner, before, after)
             case "renew" if before is not None and before.owner != owner:
@@ -151,7 +165,7 @@ class Laws:
     def _begin_epoch(self) -> None:
         self._epochs.append(_Epoch())
 
-    def _claimed(self, owner: str, before: Record | None, after: Record, now: float) -> None:
+    def _claimed(self, owner: str, before: Record | None, after: Record, now: float, *, kept_alive: bool) -> None:
         if before is not None:
             if before.state in ENDED and after != before:
                 self._broken(Law.OUTCOME_STANDS, f"a record that was {before.state.value} became {after.state.value}")
@@ -164,15 +178,25 @@ class Laws:
             same = before is not None and (before.owner, before.fencing_token) == (owner, after.fencing_token)
             if not same and after.fencing_token <= self._last_token:
                 what = f"{owner} was granted {after.fencing_token}, and {self._last_token} was there before"
-                self._broken(Law.TOKEN_RISES, what)
+                self._broken(Law.RISING_FENCE, what)
             self._last_token = after.fencing_token
             if before is not None and before.state is State.RUNNING and not same:
-                self._epochs[-1].excuses += 1
+                self._taken_over(owner, before, kept_alive=kept_alive)
             self._granted.setdefault(owner, (after.fencing_token, self.epoch))
 
-    def _finished(self, owner: str, before: Record | None, after: Record) -> None:
+    def _taken_over(self, owner: str, before: Record, *, kept_alive: bool) -> None:
+        epoch, most = self._epochs[-1], self._policy.max_crashes
+        epoch.takeovers += 1
+        if kept_alive:
+            self._broken(Law.KEPT_ALIVE, f"{owner} took over from {before.owner}")
+        if most is not None and epoch.takeovers > most:
+            self._broken(Law.CRASHES_END, f"{owner} is takeover number {epoch.takeovers}")
+
+    def _finished(self, owner: str, before: Record | None, after: Record, now: float) -> None:
         if before == after or after.state not in ENDED:
             return
+        if after.expires_at.timestamp() < now + self._policy.retention - _ROUNDING:
+            self._broken(Law.RETAINED, f"the outcome of {owner} expires {after.expires_at.timestamp() - now:g} s later")
         if before is None:
             self._epochs[-1].outcome = text_of(after)
             return
@@ -194,7 +218,7 @@ class Laws:
         if before.state in ENDED:
             self._broken(Law.OUTCOME_STANDS, f"{owner} released what was {before.state.value}")
         if after.state is State.RELEASED:
-            self._epochs[-1].excuses += 1
+            self._epochs[-1].releases += 1
 
     def finish_came(
         self, verb: str, owner: str, before: Record | None, after: Record | None, *, sent_at: float
@@ -240,10 +264,10 @@ class Laws:
         epoch.effects += 1
         if epoch.effects == 1 or self._record_may_be_lost:
             return
-        if self._holds:
+        if self._policy.on_crash == "hold":
             self._broken(Law.EFFECT_ONCE, f"it happened in {owner}, and had happened before")
-        if epoch.effects > 1 + epoch.excuses:
-            what = f"{epoch.effects} effects after {epoch.excuses} takeovers and releases"
+        if epoch.effects > 1 + epoch.takeovers + epoch.releases:
+            what = f"{epoch.effects} effects after {epoch.takeovers} takeovers and {epoch.releases} releases"
             self._broken(Law.EFFECT_EXPLAINED, what)
 
     def handler_returned(self, owner: str) -> None:
@@ -285,6 +309,7 @@ class Laws:
         if not epochs:
             known = [epoch.outcome for epoch in self._epochs]
             self._broken(Law.RECORDED_BEFORE_ANSWER, f"{owner} was given {outcome}; recorded was {known}")
+            return
         self._answered[epochs[-1]].add(outcome)
         if len(self._answered[epochs[-1]]) > 1:
             self._broken(Law.ONE_OUTCOME, f"callers were given {sorted(self._answered[epochs[-1]])}")

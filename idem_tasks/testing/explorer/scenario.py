@@ -15,7 +15,8 @@ RETENTION = 1000.0
 """Seconds that an outcome is kept."""
 
 Behaviour = Literal["return", "raise", "raise before its effect", "retry"]
-"""How one run of the handler goes; `retry` publishes the message again, as Celery's `self.retry()` does, and raises."""
+"""How one run of the handler goes. `raise` comes after its effect; `retry` publishes the message again before it, as
+Celery's `self.retry()` does, and raises."""
 
 Fault = Literal[
     "command lost",
@@ -61,7 +62,8 @@ class Scenario:
 
     At most `deliveries` of it begin, and at most `most_faults` faults happen, of each kind at most as many as `faults`
     says. `behaviours` are those of the handler's runs, in order; it returns from all later ones.
-    `every_reply` stops also between an effect and its reply; without it both are one step.
+    `every_reply` stops also between an effect and its reply; without it both are one step. `beats_in_time` lets no
+    time pass while a heartbeat is due. `reduced` leaves out orders of steps that make no difference to anybody.
     """
 
     name: str
@@ -71,12 +73,9 @@ class Scenario:
     faults: Mapping[Fault, int] = field(default_factory=dict)
     most_faults: int = 1
     behaviours: tuple[Behaviour, ...] = ()
-    every_reply: bool = True
-
-    @property
-    def holds(self) -> bool:
-        """Whether an outside effect must happen at most once."""
-        return self.policy.on_crash == "hold"
+    every_reply: bool = False
+    beats_in_time: bool = False
+    reduced: bool = True
 
 
 def policy(on_crash: OnCrash = "rerun", **fields: Any) -> Policy:

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from idem_tasks.runtime import deadline_clock_from
 from idem_tasks.testing.clock import ManualClock
@@ -64,6 +65,8 @@ class Explored:
     seconds: float = 0.0
     complete: bool = False
     find: Find | None = None
+    endings_seen: set[tuple[Any, ...]] = field(default_factory=set)
+    """How its executions ended, each way once."""
     _seen: set[int] = field(default_factory=set)
 
 
@@ -169,6 +172,7 @@ def _follow(
             if world.is_quiet:
                 waiting += [(*path, action) for action in actions]
                 explored.endings += 1
+                explored.endings_seen.add(world.ending())
                 world.settle()
                 return
             waiting += [(*path, action) for action in reversed(actions[1:])]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 from collections import Counter
 from collections.abc import Callable, Coroutine, Generator, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from idem_tasks.call import Call, Services
 from idem_tasks.claims import (
@@ -20,7 +20,6 @@ from idem_tasks.claims import (
     Granted,
     InProgress,
     Record,
-    State,
     current_claim,
 )
 from idem_tasks.errors import PUT_BACK, ConflictError, InDoubtError, ParkedError, StoreUnavailableError
@@ -45,6 +44,8 @@ from idem_tasks.testing.explorer.scenario import (
     Scenario,
 )
 from idem_tasks.testing.stepped import Step, stepped_marker, stepped_record
+
+T = TypeVar("T")
 
 SCOPE, KEY, FINGERPRINT = "shop.charge", "A-1", "f" * 64
 T0 = 1_700_000_000.0
@@ -112,6 +113,16 @@ class Runtime(Blocking):
     def can_wait(self, *, after: BaseException) -> bool:
         """Say no for a process that is gone."""
         return not isinstance(after, KilledError)
+
+    async def shield(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Shield as the blocking runtime does, unless the process is gone."""
+
+        async def unless_gone() -> T:
+            if self._worker.dead:
+                raise KilledError
+            return await operation()
+
+        return await super().shield(unless_gone)
 
     async def sleep(self, seconds: float) -> None:
         """Stop until the world goes on with this actor; then that many seconds have passed for all."""
@@ -188,6 +199,11 @@ class Actor:
         self.superseded = False
         """Whether its release was answered with a recorded outcome."""
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it waits at its first step, at a tier."""
+        return self.steps == 1 and self.step is not None and self.step.tier in ("marker", "record")
+
     def summary(self) -> tuple[Any, ...]:
         """Return all that its next steps depend on, with the answer that it has not heard yet."""
         waits_at = None if self.step is None else (self.step.tier, self.step.verb, _summary(self.step.answer))
@@ -232,7 +248,7 @@ class World:
         self.clock = clock
         self.record = MemoryStore(clock)
         self.marker = MemoryMarker(clock)
-        self.laws = Laws(holds=scenario.holds, record_may_be_lost="record lost" in scenario.faults)
+        self.laws = Laws(scenario.policy, record_may_be_lost="record lost" in scenario.faults)
         self.watched_record = _Watched(self.record, self._record_command)
         self.watched_marker = _Watched(self.marker, self._marker_command)
         self.workers: dict[str, Worker] = {}
@@ -253,41 +269,59 @@ class World:
     # What can happen now
 
     def actions(self) -> list[Action]:
-        """Return all that can happen next, in a fixed order: first what goes well, then the faults."""
+        """Return all that can happen next, in a fixed order: first what goes well, then the faults.
+
+        Two kinds of steps are taken at once, because their order makes no difference to anybody (partial-order
+        reduction): the first of an actor, which could as well have begun later, and, when no fault is left to come
+        between, those that touch neither tier.
+        """
+        for actor in self.actors.values() if self.scenario.reduced else ():
+            if actor.is_new:
+                return [Action("go", actor.name), *(self._faults_at(actor) if self.faults_left else ())]
+            if not self.faults_left and self._is_private(actor):
+                return [Action("go", actor.name)]
         goes = [Action("go", name) for name in self.actors]
         if self.ready and self.begun < self.scenario.deliveries:
             goes.append(Action("deliver"))
-        goes += [
-            Action("beat", worker.name)
-            for worker in self.workers.values()
-            if not worker.dead and f"{worker.name}'s heartbeat" not in self.actors
-            if worker.heartbeat.is_due(self.clock())
-        ]
+        goes += [Action("beat", worker.name) for worker in self.workers.values() if self._may_beat(worker)]
         goes += [Action(f"{server} up") for server in sorted(self.down)]
         return goes + (list(self._faults()) if self.faults_left else [])
+
+    def _may_beat(self, worker: Worker) -> bool:
+        beating = f"{worker.name}'s heartbeat" in self.actors
+        return not worker.dead and not beating and worker.heartbeat.is_due(self.clock())
+
+    def _is_private(self, actor: Actor) -> bool:
+        """Tell whether an actor's next step is seen by nobody but its own process, whose heartbeat is at rest."""
+        assert actor.step is not None
+        beating = f"{actor.worker.name}'s heartbeat" in self.actors or self._may_beat(actor.worker)
+        return actor.step.tier in ("broker", "handler") and not beating
 
     @property
     def is_quiet(self) -> bool:
         """Whether nothing goes on any more, but for faults."""
         return not self.actors and not (self.ready and self.begun < self.scenario.deliveries)
 
+    def _faults_at(self, actor: Actor) -> Iterator[Action]:
+        """Yield what can go wrong at an actor's next step."""
+        step, left = actor.step, self.left
+        assert step is not None
+        if step.tier in ("marker", "record"):
+            at_once = _AT_A_COMMAND if self.scenario.every_reply else (*_AT_A_COMMAND, *_AT_A_REPLY)
+            for fault in at_once if step.when == "before" else _AT_A_REPLY:
+                if left[fault]:
+                    yield Action(fault, actor.name)
+        if actor.holds_message and step.tier != "broker":
+            for fault in _AT_ANY_STEP:
+                if left[fault]:
+                    yield Action(fault, actor.name)
+
     def _faults(self) -> Iterator[Action]:
         left = self.left
-        for name, actor in self.actors.items():
-            step = actor.step
-            assert step is not None
-            if step.tier in ("marker", "record"):
-                at_once = _AT_A_COMMAND if self.scenario.every_reply else (*_AT_A_COMMAND, *_AT_A_REPLY)
-                for fault in at_once if step.when == "before" else _AT_A_REPLY:
-                    if left[fault]:
-                        yield Action(fault, name)
-            if actor.holds_message:
-                if left["delivered again"]:
-                    yield Action("delivered again", name)
-                if step.tier != "broker":
-                    for fault in _AT_ANY_STEP:
-                        if left[fault]:
-                            yield Action(fault, name)
+        for actor in self.actors.values():
+            yield from self._faults_at(actor)
+            if actor.holds_message and left["delivered again"]:
+                yield Action("delivered again", actor.name)
         if left["killed"]:
             for worker in self.workers.values():
                 if not worker.dead and (worker.heartbeat.is_needed or self._actors_of(worker)):
@@ -302,6 +336,9 @@ class World:
                 return bool(self.marker._markers)  # noqa: SLF001 - simulated by it
             case "record lost":
                 return bool(self.record._rows)  # noqa: SLF001 - simulated by it
+            case "third of a lease over" if self.scenario.beats_in_time:
+                beating = any(name.endswith("heartbeat") for name in self.actors)
+                return not beating and not any(w.heartbeat.is_due(self.clock()) for w in self.workers.values())
             case "SQL down" | "Redis down":
                 return fault.split()[0] not in self.down
             case "purge":
@@ -507,14 +544,14 @@ class World:
             behaviour: Behaviour = behaviours[run] if run < len(behaviours) else "return"
             if behaviour == "raise before its effect":
                 raise HandlerFailedError(f"failure of {name}")
-            await worker.reach(Step("handler", "its effect", "before"))
-            self.laws.effect(name)
-            if behaviour == "raise":
-                raise HandlerFailedError(f"failure of {name}")
             if behaviour == "retry":
                 await worker.reach(Step("handler", "publishes the message again", "before"))
                 self.ready += 1
                 raise RetryError
+            await worker.reach(Step("handler", "its effect", "before"))
+            self.laws.effect(name)
+            if behaviour == "raise":
+                raise HandlerFailedError(f"failure of {name}")
             await worker.reach(Step("handler", "returns", "before"))
             self.laws.handler_returned(name)
             return f"outcome of {name}"
@@ -565,10 +602,15 @@ class World:
         if verb in ("finish", "write_through"):
             self.laws.finish_came(verb, owner, before, after, sent_at=self.actor_at_hand.sent_at)
         if before != after:
-            self.laws.record_changed(verb, owner, before, after, self.clock())
+            kept_alive = before is not None and self.scenario.beats_in_time and self._is_held(before.owner)
+            self.laws.record_changed(verb, owner, before, after, now=self.clock(), kept_alive=kept_alive)
             if self.laws.epoch > epoch:
                 self._decided.setdefault(self._going, epoch)
         return answer
+
+    def _is_held(self, owner: str) -> bool:
+        actor = self.actors.get(owner)
+        return actor is not None and actor.step is not None and actor.step.tier == "handler"
 
     async def _marker_command(self, verb: str, effect: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before = self._marker_now()
@@ -659,6 +701,12 @@ class World:
                 return
             self.act(Action("beat", due[0].name))
         raise Violation(Law.KNOWN_ENDINGS, "something went round in a circle")
+
+    def ending(self) -> tuple[Any, ...]:
+        """Return what became of it: the record, its effects, its outcomes; not how it came about."""
+        record = self._last_seen
+        state = None if record is None else (record.state, record.crashes, record.failures, record.attempts)
+        return state, self._marker_now(), self.runs, self.ready, self.laws.ending()
 
     def key(self) -> int:
         """Return a hash of all that the rest of this execution depends on."""

@@ -1,0 +1,110 @@
+"""The scenarios that the promises are held to: small ones gone through to the end, large ones drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import get_args
+
+from idem_tasks.policy import Policy
+from idem_tasks.testing.explorer.scenario import Behaviour, Fault, HandlerFailedError, Scenario, policy
+
+
+def _each(faults: Iterable[Fault], count: int = 1) -> dict[Fault, int]:
+    return dict.fromkeys(faults, count)
+
+
+_ALL: tuple[Fault, ...] = get_args(Fault)
+_NETWORK = _each(("command lost", "reply lost", "sent again"))
+_CRASHES = _each(("killed", "lease over", "markers lost"))
+_OUTAGES = _each(("SQL down", "Redis down"))
+_ONE_EACH = _each(fault for fault in _ALL if fault not in ("record lost", "retention over", "purge"))
+_MANY = _each((fault for fault in _ALL if fault != "record lost"), 3)
+
+EXHAUSTIVE: tuple[Scenario, ...] = (
+    Scenario(name="three copies at once", policy=policy(), copies=3, deliveries=3, every_reply=True),
+    Scenario(name="one fault, rerun", policy=policy(), faults=_ONE_EACH, every_reply=True),
+    Scenario(name="one fault, hold", policy=policy("hold"), faults=_ONE_EACH, every_reply=True),
+    Scenario(name="two faults of all kinds", policy=policy(), faults=_ONE_EACH, most_faults=2),
+    Scenario(name="two faults of all kinds, hold", policy=policy("hold"), faults=_ONE_EACH, most_faults=2),
+    Scenario(name="three copies, one fault", policy=policy(), copies=3, deliveries=3, faults=_ONE_EACH),
+    Scenario(
+        name="a crash every time",
+        policy=policy(max_crashes=1),
+        copies=1,
+        deliveries=4,
+        faults=_each(["killed", "lease over"], 2),
+        most_faults=4,
+    ),
+    Scenario(
+        name="heartbeats in time",
+        policy=policy(),
+        faults=_each(["third of a lease over"], 4),
+        most_faults=4,
+        beats_in_time=True,
+    ),
+    Scenario(
+        name="retention",
+        policy=policy(),
+        faults=_each(["retention over", "purge", "killed"]),
+        most_faults=3,
+    ),
+    Scenario(
+        name="the handler raises after its effect",
+        policy=policy(),
+        behaviours=("raise",),
+        deliveries=3,
+        faults=_CRASHES | _each(["reply lost"]),
+    ),
+    Scenario(
+        name="the handler raises after its effect, hold",
+        policy=policy("hold"),
+        behaviours=("raise",),
+        deliveries=3,
+        faults=_CRASHES | _NETWORK,
+    ),
+    Scenario(
+        name="the handler retries, hold",
+        policy=policy("hold"),
+        copies=1,
+        behaviours=("retry",),
+        deliveries=3,
+        faults=_CRASHES | _NETWORK,
+    ),
+    Scenario(
+        name="a final failure",
+        policy=policy(record_failures=(HandlerFailedError,)),
+        behaviours=("raise",),
+        faults=_CRASHES | _NETWORK | _OUTAGES,
+    ),
+    Scenario(
+        name="duplicates wait",
+        policy=policy(on_in_progress="wait", wait_timeout=0.1),
+        faults=_each(["killed", "lease over", "reply lost"]),
+    ),
+    Scenario(name="the record is lost", policy=policy(), faults=_CRASHES | _each(["record lost"]), most_faults=2),
+)
+"""Gone through to the end: every interleaving, and every placing of the faults."""
+
+
+def _many_faults(name: str, made: Policy, *behaviours: Behaviour) -> Scenario:
+    return Scenario(
+        name=f"many faults, {name}",
+        policy=made,
+        copies=3,
+        deliveries=5,
+        faults=_MANY,
+        most_faults=6,
+        behaviours=behaviours,
+    )
+
+
+AT_RANDOM: tuple[Scenario, ...] = (
+    _many_faults("rerun", policy()),
+    _many_faults("hold", policy("hold")),
+    _many_faults("handlers that fail", policy(), "raise", "retry", "raise before its effect"),
+    _many_faults("handlers that fail, hold", policy("hold"), "retry", "raise before its effect", "raise"),
+    _many_faults("duplicates wait", policy(on_in_progress="wait", wait_timeout=1.0)),
+    _many_faults("few crashes", policy(max_crashes=1)),
+    _many_faults("final failures", policy(record_failures=(HandlerFailedError,)), "raise"),
+)
+"""Too large to go through: three copies, five deliveries, six faults."""
