@@ -174,14 +174,19 @@ async def claim_or_withdraw(call: Call) -> Answer:
 
     Nothing has run yet: a claim that nobody holds would make others wait for its lease, or doubt it.
     """
+    late: Lease | None = None
     try:
         for _ in range(_LATE_GRANTS):
             asked_at = deadline_clock()
             answer = await call.services.store.claim(call.request)
             if not isinstance(answer, Granted):
+                if late is not None and isinstance(answer, InProgress):
+                    # Somebody else has the marker; our own claim would make everybody wait, or be doubted.
+                    await call.services.store.release(late, Release())
                 return answer
             if deadline_clock() < asked_at + call.policy.lease:
                 return take_up(call, answer.lease, asked_at)
+            late = answer.lease
             # Its lease may be over, and the heartbeat would not renew it: ask whether it is still ours.
         await call.services.runtime.shield(lambda: withdraw(call))
         raise StoreUnavailableError(
