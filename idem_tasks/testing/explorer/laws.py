@@ -182,7 +182,8 @@ class Laws:
             self._last_token = after.fencing_token
             if before is not None and before.state is State.RUNNING and not same:
                 self._taken_over(owner, before, kept_alive=kept_alive)
-            self._granted.setdefault(owner, (after.fencing_token, self.epoch))
+            if not same:
+                self._granted[owner] = after.fencing_token, self.epoch
 
     def _taken_over(self, owner: str, before: Record, *, kept_alive: bool) -> None:
         epoch, most = self._epochs[-1], self._policy.max_crashes

@@ -196,6 +196,7 @@ class Actor:
         """When it came to its step: when a command was sent."""
         self.outages: set[str] = set()
         """The tiers that it could not reach, once at least."""
+        self.struck = False
         self.superseded = False
         """Whether its release was answered with a recorded outcome."""
 
@@ -217,6 +218,7 @@ class Actor:
             raise Violation(Law.KNOWN_ENDINGS, f"{self.name} went round in a circle")
         told = type(reply).__name__ if isinstance(reply, BaseException) else (reply, self.worker.reply)
         step = self.step
+        self.struck = self.struck or isinstance(reply, (SoftLimitError, SystemExit))
         if step is not None and isinstance(reply, StoreUnavailableError):
             self.outages.add(step.tier)
         elif step is not None and step.when == "after" and reply is False:
@@ -526,10 +528,15 @@ class World:
         name, held, marker = actor.name, actor.worker.heartbeat, self._marker_now()
         # A renewal that was under way may put its marker back when the call has taken it away already.
         renewed = marker == ("running", name) and actor.worker.has_beaten
+        shielded = marker is not None and marker[1] != name
         self.laws.call_is_over(
-            name, reached=not actor.outages, record=self._last_seen, marker=None if renewed else marker
+            name,
+            # Whoever is struck while it claims finds out by another claim; somebody else's marker keeps it from that.
+            reached=not actor.outages and not (actor.struck and shielded),
+            record=self._last_seen,
+            marker=None if renewed else marker,
         )
-        elsewhere = "marker" in actor.outages or (marker is not None and marker[1] != name)
+        elsewhere = "marker" in actor.outages or shielded
         self.laws.is_kept(
             name,
             in_marker=marker == ("pending", name) or elsewhere,
@@ -703,10 +710,17 @@ class World:
         raise Violation(Law.KNOWN_ENDINGS, "something went round in a circle")
 
     def ending(self) -> tuple[Any, ...]:
-        """Return what became of it: the record, its effects, its outcomes; not how it came about."""
-        record = self._last_seen
+        """Return what became of it: the record, its effects, its outcomes; not how, nor which delivery it was."""
+        record, marker = self._last_seen, self._marker_now()
         state = None if record is None else (record.state, record.crashes, record.failures, record.attempts)
-        return state, self._marker_now(), self.runs, self.ready, self.laws.ending()
+        numbers: dict[str, int] = {}
+        lives = [
+            (*counts, None if outcome is None else numbers.setdefault(outcome.rpartition(" ")[2], len(numbers)))
+            for *counts, outcome in self.laws.ending()
+        ]
+        if marker is not None:
+            marker = (marker[0], str(numbers.get(marker[1].rpartition(" ")[2])))
+        return state, marker, self.runs, self.ready, tuple(lives)
 
     def key(self) -> int:
         """Return a hash of all that the rest of this execution depends on."""
