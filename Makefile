@@ -1,4 +1,4 @@
-.PHONY: help demo test check services chaos
+.PHONY: help demo test check services prove chaos
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
@@ -14,6 +14,9 @@ check: ## format, lint, types, imports, the documents' examples
 
 services: ## get the servers that the tests need
 	@sh scripts/services
+
+prove: ## go through every interleaving and crash point, and break the protocol to see it caught
+	@sh scripts/prove
 
 chaos: ## break workers, brokers and stores, and count what was lost: make chaos SECONDS=600 SEED=7
 	@sh scripts/chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from idem_tasks.runtime import deadline_clock_from
@@ -23,6 +24,9 @@ _SHARE_OF_FAULTS = 0.15
 """Of the actions in a random execution that are faults, while there are other actions."""
 
 _LINES_SHOWN = 60
+
+_PATIENCE = 5.0
+"""Seconds to look for a shorter execution."""
 
 _LONGEST = 600
 """Actions of one execution, at most."""
@@ -127,7 +131,7 @@ def replay(scenario: Scenario, numbers: Sequence[int]) -> Find | None:
 def shorten(
     scenario: Scenario, path: tuple[Action, ...], violation: Violation, clock: ManualClock, seed: int | None = None
 ) -> Find:
-    """Leave out what is not needed to break the same law, until nothing more can be left out."""
+    """Leave out what is not needed to break the same law, then look for a shorter execution with the same faults."""
     found = _lenient(scenario, path, clock)
     if found is None or found.violation.law is not violation.law:
         raise RuntimeError(f"{violation} was not found again: an execution is not determined by its actions")
@@ -142,7 +146,31 @@ def shorten(
                 if again is not None and again.violation.law is violation.law and len(again.log) < len(found.log):
                     found, shorter = again, True
                 start -= 1
+    found = _shortest(found, clock) or found
     return Find(scenario, found.violation, found.path, found.log, seed)
+
+
+def _shortest(found: Find, clock: ManualClock) -> Find | None:
+    """Return the shortest execution with no other faults that breaks the same law, if it is found in time."""
+    faults = Counter(action.what for action in found.path if action.what in found.scenario.faults)
+    scenario = replace(found.scenario, faults=dict(faults), most_faults=faults.total())  # type: ignore[arg-type]
+    until, seen, waiting = time.monotonic() + _PATIENCE, set[int](), deque[tuple[Action, ...]]([()])
+    while waiting and len(waiting[0]) < len(found.path) and time.monotonic() < until:
+        path, world = waiting.popleft(), World(scenario, clock)
+        try:
+            for action in path:
+                world.act(action)
+            if (key := world.key()) in seen:
+                continue
+            seen.add(key)
+            waiting += [(*path, action) for action in world.actions()]
+            world.settle()
+        except Violation as violation:
+            if violation.law is found.violation.law:
+                return Find(scenario, violation, path, tuple(world.log))
+        finally:
+            world.close()
+    return None
 
 
 class _FoundError(Exception):
