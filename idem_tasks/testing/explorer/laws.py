@@ -8,6 +8,7 @@ explored would take it for its handler's.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -142,8 +143,6 @@ class Laws:
                 self._finished(owner, before, after, now)
             case "release":
                 self._released(owner, before, after)
-            case "renew" if before is not None and before.owner != owner:
-                self._broken(Law.FENCE, f"{owner} renewed the claim of {before.owner}")
             case "resolve" if before is not None and _is_held(before, now):
                 self._broken(Law.LEASE_RESPECTED, f"a person ended the claim of {before.owner}")
             case "resolve" if after.state is State.RELEASED:
@@ -220,6 +219,12 @@ class Laws:
             self._broken(Law.OUTCOME_STANDS, f"{owner} released what was {before.state.value}")
         if after.state is State.RELEASED:
             self._epochs[-1].releases += 1
+
+    def renewed(self, owners: Iterable[str], record: Record | None) -> None:
+        """Check that nobody is told that its claim was renewed whose claim it is not."""
+        for owner in owners:
+            if record is None or record.owner != owner:
+                self._broken(Law.FENCE, f"{owner} was renewed, and the claim is of {record and record.owner}")
 
     def finish_came(
         self, verb: str, owner: str, before: Record | None, after: Record | None, *, sent_at: float

@@ -196,14 +196,25 @@ class Actor:
         """When it came to its step: when a command was sent."""
         self.outages: set[str] = set()
         """The tiers that it could not reach, once at least."""
+        self.returned_at = 0.0
+        """When its handler returned."""
         self.struck = False
+        """Whether it was interrupted, once at least."""
         self.superseded = False
         """Whether its release was answered with a recorded outcome."""
 
     @property
     def is_new(self) -> bool:
-        """Whether it waits at its first step, at a tier."""
-        return self.steps == 1 and self.step is not None and self.step.tier in ("marker", "record")
+        """Whether it waits at its first step, at a tier, and could as well have come to it later.
+
+        Not a heartbeat: what it renews was due, and held, when it began.
+        """
+        return (
+            self.steps == 1
+            and not self.name.endswith("heartbeat")
+            and self.step is not None
+            and self.step.tier in ("marker", "record")
+        )
 
     def summary(self) -> tuple[Any, ...]:
         """Return all that its next steps depend on, with the answer that it has not heard yet."""
@@ -561,6 +572,7 @@ class World:
                 raise HandlerFailedError(f"failure of {name}")
             await worker.reach(Step("handler", "returns", "before"))
             self.laws.handler_returned(name)
+            self.actors[name].returned_at = self.clock()
             return f"outcome of {name}"
 
         return handler
@@ -606,18 +618,23 @@ class World:
                 owner = before.owner if before is not None and before.owner in owners else owners[0]
             case _:
                 owner = ""
+        if verb == "renew":
+            self.laws.renewed(answer, before)
         if verb in ("finish", "write_through"):
             self.laws.finish_came(verb, owner, before, after, sent_at=self.actor_at_hand.sent_at)
         if before != after:
-            kept_alive = before is not None and self.scenario.beats_in_time and self._is_held(before.owner)
+            kept_alive = before is not None and self.scenario.beats_in_time and self._was_running(before)
             self.laws.record_changed(verb, owner, before, after, now=self.clock(), kept_alive=kept_alive)
             if self.laws.epoch > epoch:
                 self._decided.setdefault(self._going, epoch)
         return answer
 
-    def _is_held(self, owner: str) -> bool:
-        actor = self.actors.get(owner)
-        return actor is not None and actor.step is not None and actor.step.tier == "handler"
+    def _was_running(self, record: Record) -> bool:
+        """Tell whether the record's handler had not returned when its lease ended."""
+        actor = self.actors.get(record.owner)
+        if actor is None or actor.step is None:
+            return False
+        return actor.step.tier == "handler" or actor.returned_at >= record.lease_expires_at.timestamp()
 
     async def _marker_command(self, verb: str, effect: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before = self._marker_now()
