@@ -105,12 +105,12 @@ MUTANTS = (
         name="a marker is renewed by anybody",
         module=_MARKER,
         before="""\
-                    case _Running(owner) if owner == lease.owner:
+                    case _Running(owner, _, put_back) if owner == lease.owner:
                         pass
                     case _:
                         continue""",
         after="""\
-                    case _Running():
+                    case _Running(owner, _, put_back):
                         pass
                     case _:
                         continue""",
@@ -147,7 +147,7 @@ MUTANTS = (
         with self._lock:
             if seen is None:
                 row = self._rows""",
-        laws=("EFFECT_EXPLAINED",),
+        laws=("EFFECT_EXPLAINED", "OUTCOME_STANDS"),
         scenario="nothing goes wrong but the markers are lost",
     ),
     Mutant(
@@ -211,7 +211,7 @@ MUTANTS = (
         after="""\
         row.fencing_token += 1
         row.owner = request.owner""",
-        laws=("TOKEN_RISES",),
+        laws=("RISING_FENCE",),
         scenario="forgotten",
     ),
     Mutant(
@@ -259,12 +259,10 @@ MUTANTS = (
         name="published over nothing",
         module=_MARKER,
         before="""\
-            match self._standing((scope, key), now):
                 case _Running(holder) if holder == owner:
                     pass
                 case _Pending""",
         after="""\
-            match self._standing((scope, key), now):
                 case None:
                     pass
                 case _Running(holder) if holder == owner:
@@ -442,6 +440,252 @@ MUTANTS = (
         after="",
         laws=("RECORDED_BEFORE_ANSWER",),
         scenario="hold, and a person resolves",
+    ),
+    Mutant(
+        name="a late failure hides the recorded outcome",
+        module=_TASK,
+        before="return answer if isinstance(answer, Finished) else None",
+        after="return None",
+        laws=("LATE_FAILURE",),
+        scenario="a pause, and the handler raises",
+    ),
+    Mutant(
+        name="retention is not counted from the end",
+        module=_MEMORY,
+        before="self.expires_at = max(self.expires_at, now + retention)",
+        after="self.expires_at = max(self.expires_at, retention)",
+        laws=("RETAINED",),
+        scenario="retention ends",
+    ),
+    Mutant(
+        name="whatever expires is begun afresh",
+        module=_MEMORY,
+        before="return self.state in _PURGEABLE and self.expires_at <= now",
+        after="return self.expires_at <= now",
+        laws=("RETENTION_ENDS",),
+        scenario="retention ends",
+    ),
+    Mutant(
+        name="a claim that is sent again finds itself in progress",
+        module=_MEMORY,
+        before="case State.RUNNING if row.owner == request.owner:",
+        after="case State.RUNNING if row.owner == request.owner and not row.is_held(now):",
+        laws=("NOTHING_LEFT",),
+        scenario="commands are sent again",
+    ),
+    Mutant(
+        name="a marker that is taken again is somebody else's",
+        module=_MARKER,
+        before="return MarkerTaken() if owner == request.owner else MarkerRunning(expires_at - now)",
+        after="return MarkerRunning(expires_at - now)",
+        laws=("NOTHING_LEFT",),
+        scenario="commands are sent again",
+    ),
+    Mutant(
+        name="in doubt takes no late outcome",
+        module=_MEMORY,
+        before="_FENCED = (State.RUNNING, State.IN_DOUBT)",
+        after="_FENCED = (State.RUNNING,)",
+        laws=("LATE_FINISH",),
+        scenario="hold and a pause",
+    ),
+    Mutant(
+        name="in doubt takes anybody's outcome",
+        module=_MEMORY,
+        before="""\
+            if row.obeys(lease.owner, lease.fencing_token):
+                if row.state in _FENCED:
+                    row.record_outcome""",
+        after="""\
+            if row.obeys(lease.owner, lease.fencing_token) or row.state is State.IN_DOUBT:
+                if row.state in _FENCED:
+                    row.record_outcome""",
+        laws=("FENCE",),
+        scenario="hold, and a person lets it run again",
+    ),
+    Mutant(
+        name="in doubt is claimed",
+        module=_MEMORY,
+        before="""\
+                case State.IN_DOUBT:
+                    return InDoubt()""",
+        after="""\
+                case State.IN_DOUBT:
+                    return self._grant(row, request, now)""",
+        laws=("PERSON_DECIDES",),
+        scenario="hold, and the handler raises",
+    ),
+    Mutant(
+        name="parked is claimed",
+        module=_MEMORY,
+        before="return Parked(row.crashes, row.failures)\n",
+        after="return self._grant(row, request, now)\n",
+        laws=("PERSON_DECIDES",),
+        scenario="a crash is too many",
+    ),
+    Mutant(
+        name="a crash is not counted",
+        module=_MEMORY,
+        before="""\
+        row.crashes += 1
+        row.updated_at = now""",
+        after="""\
+        row.updated_at = now""",
+        laws=("CRASHES_END",),
+        scenario="a crash is too many",
+    ),
+    Mutant(
+        name="released is never claimed again",
+        module=_MEMORY,
+        before="""\
+                case State.RELEASED:
+                    return self._grant(row, request, now)""",
+        after="""\
+                case State.RELEASED:
+                    return InProgress(request.policy.lease)""",
+        laws=("NOT_STUCK",),
+        scenario="the handler raises",
+    ),
+    Mutant(
+        name="a person forgets what runs",
+        module=_MEMORY,
+        before="            self._refuse_if_held(row, self._clock())\n",
+        after="",
+        laws=("LEASE_RESPECTED",),
+        scenario="forgotten",
+    ),
+    Mutant(
+        name="a person resolves what runs",
+        module=_MEMORY,
+        before="            self._refuse_if_held(row, now)\n",
+        after="",
+        laws=("LEASE_RESPECTED",),
+        scenario="hold, and a person lets it run again",
+    ),
+    Mutant(
+        name="the deadline counts from the answer",
+        module=_TASK,
+        before="""\
+            asked_at = deadline_clock()
+            answer = await call.services.store.claim(call.request)
+""",
+        after="""\
+            answer = await call.services.store.claim(call.request)
+            asked_at = deadline_clock()
+""",
+        laws=("FORGOTTEN",),
+        scenario="forgotten while answers are late",
+    ),
+    Mutant(
+        name="a late finish always inserts",
+        module=_TASK,
+        before="answer = await store.finish(claim.lease, outcome, may_insert=not claim.lost)",
+        after="answer = await store.finish(claim.lease, outcome, may_insert=True)",
+        laws=("FORGOTTEN",),
+        scenario="forgotten while answers are late",
+    ),
+    Mutant(
+        name="a pending outcome inserts",
+        module=_HEARTBEAT,
+        before="answer = await self._store.finish(lease, pending.outcome, may_insert=False)",
+        after="answer = await self._store.finish(lease, pending.outcome, may_insert=True)",
+        laws=("FORGOTTEN",),
+        scenario="forgotten while an outcome is pending",
+        seed=1,
+    ),
+    Mutant(
+        name="write-through inserts",
+        module=_MEMORY,
+        before="            if row is None or not row.obeys(pending.owner, pending.fencing_token):",
+        after="""\
+            if row is None:
+                row = self._rows[scope, key] = _vanished(pending.raw.lease, self._clock())
+            if not row.obeys(pending.owner, pending.fencing_token):""",
+        laws=("FORGOTTEN",),
+        scenario="forgotten while an outcome is pending",
+        seed=1,
+    ),
+    Mutant(
+        name="a pending outcome is not kept in the marker",
+        module=_TASK,
+        before="kept = await store.keep_pending(claim.lease, outcome)",
+        after="kept = False",
+        laws=("OUTCOME_KEPT",),
+        scenario="SQL goes away",
+    ),
+    Mutant(
+        name="a pending outcome is not tried again",
+        module=_TASK,
+        before="    call.services.heartbeat.keep_trying(claim.lease, outcome)\n",
+        after="",
+        laws=("OUTCOME_KEPT",),
+        scenario="SQL goes away",
+    ),
+    Mutant(
+        name="the finish is not shielded",
+        module=_TASK,
+        before="answer = await call.services.runtime.shield(lambda: finish(call, claim, keep(call, value)))",
+        after="answer = await finish(call, claim, keep(call, value))",
+        laws=("NOTHING_LEFT",),
+        scenario="struck",
+    ),
+    Mutant(
+        name="an interrupted claim is not withdrawn",
+        module=_TASK,
+        before="if call.services.runtime.can_wait(after=interruption):",
+        after="if isinstance(interruption, GeneratorExit):",
+        laws=("NOTHING_LEFT",),
+        scenario="struck",
+    ),
+    Mutant(
+        name="a shutdown does not release",
+        module=_TASK,
+        before="if not claim.protected or not runtime.can_wait(after=raised):",
+        after="if not claim.protected or not isinstance(raised, Exception):",
+        laws=("NOTHING_LEFT",),
+        scenario="struck",
+    ),
+    Mutant(
+        name="a failure does not release",
+        module=_TASK,
+        before="answer = await runtime.shield(lambda: let_go(call, claim, error))",
+        after="return None",
+        laws=("NOTHING_LEFT",),
+        scenario="the handler raises",
+    ),
+    Mutant(
+        name="what was let go is renewed on",
+        module=_HEARTBEAT,
+        before="self._held.pop(owner, None)",
+        after="""\
+if owner in self._held and deadline_clock() > self._held[owner].deadline:
+            del self._held[owner]""",
+        laws=("NOT_STUCK",),
+        scenario="the handler raises, and a command is lost",
+    ),
+    Mutant(
+        name="a record is renewed by anybody",
+        module=_MEMORY,
+        before="if row and row.state is State.RUNNING and row.obeys(lease.owner, lease.fencing_token):",
+        after="if row and row.state is State.RUNNING:",
+        laws=("FENCE",),
+        scenario="a renewal is late",
+    ),
+    Mutant(
+        name="nothing is renewed",
+        module=_HEARTBEAT,
+        before="self._held[claim.lease.owner] = claim",
+        after="pass",
+        laws=("KEPT_ALIVE",),
+        scenario="heartbeats in time",
+    ),
+    Mutant(
+        name="a marker that a renewal put back becomes an outcome",
+        module=_MARKER,
+        before="put_back = True",
+        after="put_back = False",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="forgotten while a renewal is late",
     ),
 )
 
