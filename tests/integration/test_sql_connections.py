@@ -6,13 +6,18 @@ import asyncio
 import multiprocessing
 import os
 import pickle
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
-from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy import Connection, NullPool, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from idem_tasks.claims import Granted, Recorded, Released, State
@@ -23,8 +28,12 @@ from idem_tasks.errors import (
     StoreUnavailableError,
 )
 from idem_tasks.events import Announcer
+from idem_tasks.runtime import run_sync
+from idem_tasks.stores import sql_clients, sql_urls
 from idem_tasks.stores.base import RuntimeName
 from idem_tasks.stores.sql import SQLStore
+from idem_tasks.stores.sql_clients import BlockingClient
+from idem_tasks.stores.sql_renewals import transaction
 from idem_tasks.testing.driver import Driver
 from idem_tasks.testing.store_in_use import DONE, StoreInUse
 from tests.integration.sql_proxy import Proxy
@@ -438,3 +447,77 @@ def test_a_password_with_an_at_sign_is_not_taken_for_the_host() -> None:
     with pytest.raises(ConfigurationError, match="%40") as caught:
         SQLStore("postgresql://user:sec@ret@host/shop")
     assert "ret" not in str(caught.value).replace("write", "")
+
+
+# The first connection
+
+
+def test_threads_that_come_at_once_share_one_engine(sqlite_url: str) -> None:
+    """Two first calls open one pool: the second waits for it, and opens none beside it."""
+    store = SQLStore(sqlite_url)
+    client = store._clients["blocking"]
+    assert isinstance(client, BlockingClient)
+    with ThreadPoolExecutor(2) as threads:
+        with client._making:
+            first, second = threads.submit(client._make), threads.submit(client._make)
+        assert first.result(30) is second.result(30)
+    run_sync(store.close())
+
+
+def being_read(url: str) -> sqlite3.Connection:
+    """A transaction that reads the file, so that its mode cannot be changed."""
+    connection = sqlite3.connect(make_url(url).database or "", isolation_level=None)
+    connection.execute("CREATE TABLE of_another_program (number INTEGER)")
+    connection.execute("BEGIN")
+    connection.execute("SELECT * FROM of_another_program").fetchall()
+    return connection
+
+
+def test_a_new_file_is_waited_for(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite does not wait while another process changes a new file's mode; the store does."""
+    other = being_read(sqlite_url)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            other.execute("COMMIT")
+
+    monkeypatch.setattr(sql_urls, "SQLITE_BUSY_TIMEOUT", 0.01)
+    monkeypatch.setattr(sql_clients, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    store = SQLStore(sqlite_url)
+    assert run_sync(store.get("scope", "key")) is None
+    assert len(slept) == 2
+    run_sync(store.close())
+    other.close()
+
+
+def test_a_new_file_is_not_waited_for_for_ever(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that somebody keeps to himself puts messages back."""
+    other = being_read(sqlite_url)
+    monkeypatch.setattr(sql_urls, "SQLITE_BUSY_TIMEOUT", 0.01)
+    monkeypatch.setattr(sql_clients, "LOCK_TIMEOUT", 0.05)
+    store = SQLStore(sqlite_url)
+    with pytest.raises(StoreUnavailableError, match="locked"):
+        run_sync(store.get("scope", "key"))
+    other.close()
+    assert run_sync(store.get("scope", "key")) is None
+    run_sync(store.close())
+
+
+def kill(admin: Connection, number: int, error: Exception) -> NoReturn:
+    admin.execute(text(f"KILL {number}"))
+    raise error
+
+
+def test_a_transaction_on_a_connection_that_died_ends_it(mariadb_url: str) -> None:
+    """Where not even ROLLBACK goes through, the connection is thrown away, and the first error is the one raised."""
+    engine = create_engine(mariadb_url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection, engine.connect() as other:
+        number = connection.scalar(text("SELECT CONNECTION_ID()"))
+        first = ValueError("first")
+        with pytest.raises(ValueError, match="first") as caught, transaction(connection):
+            kill(other, number, first)
+        assert caught.value is first
+        assert connection.invalidated
+    engine.dispose()

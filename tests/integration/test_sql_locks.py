@@ -205,3 +205,12 @@ def test_a_busy_sqlite_is_in_progress_and_no_lost_claim(sqlite_url: str, busy: S
         other.close()
     assert busy.renew(lease) == {lease.owner}
     assert busy.finish(lease) == Recorded()
+
+
+@pytest.mark.parametrize("url", ["sqlite_url", *SERVERS], indirect=True)
+def test_what_is_no_longer_held_is_not_renewed(url: str, use: StoreInUse) -> None:
+    """A claim that ended while the heartbeat waited for its turn is left alone, and where all have, nothing is sent."""
+    lease = use.granted()
+    before = use.record().lease_expires_at
+    assert use.driver(use.store.renew([lease], lambda _owner: False)) == frozenset()
+    assert use.record().lease_expires_at == before

@@ -16,10 +16,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.sql.elements import ColumnElement
 
 from idem_tasks.claims import ClaimAnswer, ClaimRequest, Granted, new_owner
-from idem_tasks.errors import ConfigurationError
+from idem_tasks.errors import ConfigurationError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import run_sync
+from idem_tasks.stores import migrations, sql
 from idem_tasks.stores.schema import records_table
 from idem_tasks.stores.sql import SQLStore
 
@@ -202,3 +203,30 @@ def test_many_first_calls_at_once_make_the_tables_of_a_new_file(tmp_path: Path) 
     for n in range(10):
         answers = asyncio.run(claim_all(f"sqlite:///{tmp_path}/{n}.db"))
         assert all(isinstance(answer, Granted) for answer in answers)
+
+
+def test_tables_that_cannot_be_made_leave_nothing(sqlite_url: str) -> None:
+    """On SQLite too a migration is done or not done: one that fails writes no version, and may be tried again."""
+    store = SQLStore(sqlite_url)
+    with connected(sqlite_url) as connection:
+        connection.execute(text("CREATE TABLE idem_tasks_records (of_another_program INTEGER)"))
+        with pytest.raises(StoreError):
+            run_sync(store.prepare())
+        tables = connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'table'")).scalars().all()
+        assert tables == ["idem_tasks_records"]
+        connection.execute(text("DROP TABLE idem_tasks_records"))
+    run_sync(store.prepare())
+    assert run_sync(store.get("scope", "key")) is None
+    run_sync(store.close())
+
+
+def test_somebody_who_makes_the_tables_for_ever_is_not_waited_for(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another one never ends with the tables, the message is put back."""
+    monkeypatch.setattr(sql, "_SCHEMA_WAIT", 0.2)
+    store = SQLStore(sqlite_url)
+    with migrations._in_this_process, pytest.raises(StoreUnavailableError, match="has been making the tables"):
+        run_sync(store.prepare())
+    run_sync(store.prepare())
+    run_sync(store.close())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import Insert, create_engine
 from sqlalchemy.dialects import mysql
 
 from idem_tasks.errors import ConfigurationError
@@ -41,7 +41,9 @@ def test_mysql_waits_for_the_network_as_long_as_the_url_says(name: str) -> None:
 
 def test_mysql_is_asked_for_no_returning() -> None:
     """MariaDB returns what it inserted; MySQL cannot, and is sent a plain INSERT."""
-    claim = str(Statements("mysql", records_table()).claim.compile(dialect=mysql.dialect()))
+    insert = Statements("mysql", records_table()).claim
+    assert isinstance(insert, Insert)
+    claim = str(insert.compile(dialect=mysql.dialect()))
     assert claim.startswith("INSERT")
     assert "RETURNING" not in claim
 
