@@ -170,7 +170,7 @@ class MarkerContract:
         assert use.take(lease.request) == MarkerTaken()
 
     def test_a_marker_that_was_put_back_becomes_no_outcome(self, use: MarkerInUse) -> None:
-        """A renewal that arrives after the record was forgotten brings nothing back: its marker is only deleted (F53)."""
+        """A renewal that comes after the record was forgotten brings nothing back: its marker is deleted (F53)."""
         lease = use.taken()
         use.drop("key")
         use.renew(lease)
