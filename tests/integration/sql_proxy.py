@@ -14,7 +14,8 @@ class Proxy:
     """Forwards connections to the server of a database URL; `url` is the same database through this proxy.
 
     `round_trips` counts how often a client spoke after the server had spoken. `lose_next_reply()` lets the next
-    request reach the server, waits for its reply, and then cuts the connection instead of forwarding it.
+    request reach the server, waits for its reply, and then cuts the connection instead of forwarding it;
+    `lose_next_reply(after=2)` lets two round trips pass before.
     """
 
     def __init__(self, url: str) -> None:
@@ -25,7 +26,7 @@ class Proxy:
         self.url = server.set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
         self.round_trips = 0
         self.lost = 0
-        self._loses = False
+        self._loses_at = 0
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -38,8 +39,8 @@ class Proxy:
         self._listener.close()
         self._thread.join()
 
-    def lose_next_reply(self) -> None:
-        self._loses = True
+    def lose_next_reply(self, after: int = 0) -> None:
+        self._loses_at = self.round_trips + after + 1
 
     def _accept(self) -> None:
         while True:
@@ -67,7 +68,7 @@ class Proxy:
                     if key.fileobj is client:
                         self.round_trips += server_spoke
                         server_spoke = False
-                        asked_to_lose, self._loses = asked_to_lose or self._loses, False
+                        asked_to_lose = asked_to_lose or self.round_trips == self._loses_at
                         server.sendall(data)
                     elif asked_to_lose:
                         self.lost += 1

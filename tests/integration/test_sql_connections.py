@@ -87,6 +87,22 @@ def test_a_lost_reply_is_read_back_as_our_own(url: str, driver: Driver) -> None:
         driver(use.store.close())
 
 
+@pytest.mark.parametrize("url", SERVERS, indirect=True)
+def test_a_person_resolves_once_whichever_reply_is_lost(url: str, driver: Driver) -> None:
+    """The second try knows its own work, and does not tell the person that somebody else was faster (F21)."""
+    with Proxy(url) as proxy:
+        use = opened(proxy.url, driver)
+        for number in range(5):
+            use.release(use.granted(str(number)), in_doubt=True)
+            proxy.lose_next_reply(after=number)
+            resolved = use.resolve(None, str(number))
+            assert resolved is not None
+            assert resolved.state is State.RELEASED
+            assert resolved == use.record(str(number))
+        assert proxy.lost >= 3
+        driver(use.store.close())
+
+
 def test_a_restarted_server_is_reconnected_to(private_postgres: Callable[..., PostgresServer], driver: Driver) -> None:
     """Pooled connections that a restart cut off are replaced, and nobody hears of it."""
     server = private_postgres()
