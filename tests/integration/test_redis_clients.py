@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from idem_tasks.runtime import run_sync
 from idem_tasks.stores.base import MarkerFinished, MarkerRunning, MarkerTaken
 from idem_tasks.stores.redis import RedisStore
 from tests.services.redis_server import RedisCluster, RedisSentinel, RedisServer
+from tests.services.waiting import wait_until
 
 DONE = EncodedOutcome(body=b'"done"', codec="json")
 KEYS = 40
@@ -170,3 +172,55 @@ def test_two_prefixes_do_not_meet(redis_url: str) -> None:
         assert isinstance(run_sync(store.claim(request())), Granted)
         assert sum(run_sync(store.stats()).values()) == 1
         run_sync(store.close())
+
+
+class TimeLimitError(Exception):
+    """Strikes at any instruction."""
+
+
+def hangs_up(url: str, servers: list[Redis], name: str) -> None:
+    """Strike a call after its command was sent, and see that none of the servers keeps a connection of this name."""
+    store = RedisStore(f"{url}?client_name={name}")
+
+    def connections() -> list[str]:
+        return [each["addr"] for server in servers for each in server.client_list() if each["name"] == name]
+
+    async def struck(client: Any) -> None:
+        client.redis.set(b"idem:struck", b"1", px=1000)
+        assert connections()
+        raise TimeLimitError
+
+    run_sync(store.prepare())
+    with pytest.raises(TimeLimitError):
+        run_sync(store._connection._call(struck))
+    wait_until(lambda: connections() == [], seconds=10, what="the connections to be closed")
+    assert run_sync(store.take(request())) == MarkerTaken()
+    run_sync(store.close())
+
+
+def test_a_call_that_is_struck_hangs_up(redis_url: str, unique_name: str) -> None:
+    """A reply that is still to come after a time limit answers no other key."""
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        hangs_up(redis_url, [client], unique_name)
+
+
+def test_a_call_that_is_struck_hangs_up_on_every_node(redis_cluster: RedisCluster, unique_name: str) -> None:
+    """In a cluster the reply may be to come from any node."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(node.client()) for node in redis_cluster.nodes]
+        hangs_up(redis_cluster.url.replace("redis://", "redis+cluster://").removesuffix("/0"), servers, unique_name)
+
+
+def test_a_call_that_is_struck_before_it_connects(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no connection yet there is none to close."""
+    store = RedisStore(redis_url)
+    with monkeypatch.context() as patch:
+
+        def strike(_: str) -> None:
+            raise TimeLimitError
+
+        patch.setattr(store._opener, "open", strike)
+        with pytest.raises(TimeLimitError):
+            run_sync(store.take(request()))
+    assert run_sync(store.take(request())) == MarkerTaken()
+    run_sync(store.close())

@@ -8,7 +8,7 @@ import pytest
 from redis import Redis
 
 from idem_tasks.claims import ClaimRequest, new_owner
-from idem_tasks.errors import ConfigurationError
+from idem_tasks.errors import ConfigurationError, StoreError
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import run_sync
 from idem_tasks.stores.base import Marker, MarkerRunning, MarkerTaken, Store
@@ -109,6 +109,35 @@ def test_a_server_without_a_command_is_refused(private_redis: Callable[..., Redi
         store = RedisStore(url)
         with pytest.raises(ConfigurationError, match=r"too old or lacks a command.*Redis 6\.2 or newer"):
             run_sync(store.take(request()))
+        run_sync(store.close())
+
+
+def test_a_server_whose_scripts_do_nothing_is_refused(private_redis: Callable[..., RedisServer]) -> None:
+    """What EVAL answers is compared: markers are given back and published by scripts alone (F20)."""
+    with proxy(private_redis().port, lambda command: b":0\r\n" if command[0] == b"EVAL" else command) as url:
+        store = RedisStore(url)
+        with pytest.raises(ConfigurationError, match="does not run scripts as Redis does"):
+            run_sync(store.take(request()))
+        run_sync(store.close())
+
+
+def test_an_error_of_the_moment_is_not_taken_for_an_old_server(private_redis: Callable[..., RedisServer]) -> None:
+    """Out of memory at the first SET NX GET: the error is told, and the next call tries the command again (F20)."""
+    full = b"-OOM command not allowed when used memory > 'maxmemory'.\r\n"
+    tried: list[Command] = []
+
+    def refuse_once(command: Command) -> Command | bytes:
+        if is_set_get(command):
+            tried.append(command)
+        return full if is_set_get(command) and len(tried) == 1 else command
+
+    with proxy(private_redis().port, refuse_once) as url:
+        store = RedisStore(url)
+        with pytest.raises(StoreError, match="out of memory"):
+            run_sync(store.take(request()))
+        del tried[1:]
+        assert run_sync(store.take(request())) == MarkerTaken()
+        assert len(tried) > 1
         run_sync(store.close())
 
 
