@@ -153,7 +153,7 @@ async def claim_or_wait(call: Call) -> Claim | Finished:
             case Parked(crashes, failures, new):
                 call.announce(EventName.PARKED, crashes=crashes, failures=failures, new=new)
                 raise ParkedError(scope=scope, key=key, crashes=crashes, failures=failures)
-            case InProgress(retry_after):
+            case InProgress(retry_after):  # pragma: no branch - there is no other answer
                 left = waits_until - deadline_clock()
                 if left <= 0:
                     call.announce(EventName.IN_PROGRESS, retry_after=round(retry_after, 3))
@@ -358,7 +358,7 @@ def tell(call: Call, claim: Claim, answer: Recorded | Released | Finished | Lost
             call.announce(EventName.RELEASED, **details)
         case Finished():
             call.announce(EventName.SUPERSEDED, **details)
-        case Lost():
+        case Lost():  # pragma: no branch - there is no other answer
             call.announce(EventName.LEASE_LOST, **details)
 
 

@@ -198,7 +198,7 @@ class MemoryStore:
                     return Granted(replace(row.lease_to(request), taken_over=row.crashes > 0))
                 case State.RUNNING if row.is_held(now):
                     return InProgress(row.lease_expires_at - now)
-                case State.RUNNING:
+                case State.RUNNING:  # pragma: no branch - there is no other state
                     return self._take_over(row, request, now)
 
     def _take_over(self, row: _Row, request: ClaimRequest, now: float) -> ClaimAnswer:

@@ -79,7 +79,7 @@ class MemoryMarker:
                 case _Finished(finished, published_at):
                     left = max(finished.expires_in - (now - published_at), 0.0)
                     return MarkerFinished(dataclasses.replace(finished, expires_in=left))
-                case _Pending(lease, outcome) as raw:
+                case _Pending(lease, outcome) as raw:  # pragma: no branch - there is no other marker
                     return MarkerPending(lease.owner, lease.fencing_token, lease.request.fingerprint, outcome, raw)
 
     async def give_back(self, scope: str, key: str, owner: str) -> None:

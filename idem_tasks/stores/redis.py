@@ -189,7 +189,7 @@ class _FromAddress:
             case "unix":
                 single: Any = redis.Redis if blocking else redis.asyncio.Redis
                 return [single(retry=retry, **self._options)]
-            case "single":
+            case "single":  # pragma: no branch - there is no other kind
                 single = redis.Redis if blocking else redis.asyncio.Redis
                 host, port = self._address.hosts[0]
                 return [single(host=host, port=port, retry=retry, **self._options)]

@@ -77,7 +77,7 @@ def _answer(sql: Statements, connection: Connection, request: ClaimRequest, row:
             return _own(sql, connection, request, row)
         case State.RUNNING if row.lease_left > 0:
             return InProgress(row.lease_left)
-        case State.RUNNING:
+        case State.RUNNING:  # pragma: no branch - there is no other state
             return _take_over(sql, connection, request, row)
 
 

@@ -194,5 +194,5 @@ def error_for(fault: Fault, address: str, table: str, why: str = "") -> StoreErr
             )
         case Fault.SQLITE_STATEMENT:
             return StatementRefusedError(f"{address} answered with an error; its cause is attached")
-        case Fault.OTHER:
+        case Fault.OTHER:  # pragma: no branch - there is no other fault
             return StoreError(f"{address} answered with an error; its cause is attached")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -48,7 +49,7 @@ def listed(store: RedisStore, limit: int = 10_000, **only: State) -> list[str]:
 
 def copy_record(client: Redis, numbers: range) -> None:
     """Write the record of `key` to many other keys."""
-    fields = client.hgetall(place(RECORDS, "scope", "key"))
+    fields: Any = client.hgetall(place(RECORDS, "scope", "key"))
     pipeline = client.pipeline(transaction=False)
     for number in numbers:
         pipeline.hset(place(RECORDS, "scope", f"key {number:05}"), mapping=fields)

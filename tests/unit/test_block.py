@@ -85,6 +85,13 @@ def test_a_block_is_run_once(world: World) -> None:
         current_claim()
 
 
+def test_a_claim_shows_what_people_look_for(world: World) -> None:
+    """In a log a claim is its place and its fence, and never arguments or outcomes."""
+    shown: list[str] = []
+    block = run(world, lambda claim: shown.append(repr(claim.claim)), fingerprint={"card": "4111"})
+    assert shown == [f"<Claim {SCOPE} 'A-1' fencing token {block.claim.fencing_token}, attempt 1>"]
+
+
 def test_a_block_without_complete_is_completed_with_none(world: World) -> None:
     """A block that ends well has ended, with no outcome to show."""
     claim = run(world, lambda _: None)

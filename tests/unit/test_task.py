@@ -975,6 +975,17 @@ def test_a_claim_that_is_struck_and_cannot_be_withdrawn_is_logged(world: World) 
     assert world.effects == ["A-1"]
 
 
+def test_a_claim_that_is_struck_takes_nothing_from_its_holder(world: World) -> None:
+    """Struck while another one holds the key, it has nothing to give up, and gives up nothing of his (F62)."""
+    lease = world.claim_elsewhere()
+    world.record_tier.before("claim", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        world.charge()("A-1")
+    assert "release" not in world.record_tier.verbs
+    assert world.record().owner == lease.owner
+    assert world.state() is State.RUNNING
+
+
 class SoftLimitError(Exception):
     """Stands for a framework's soft time limit."""
 

@@ -24,7 +24,7 @@ from idem_tasks.claims import (
     State,
     new_owner,
 )
-from idem_tasks.errors import ConfigurationError, StoreError, StoreUnavailableError
+from idem_tasks.errors import ConfigurationError, StoreConfigurationError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer, Event, EventName
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import run_sync
@@ -387,3 +387,25 @@ def test_a_persons_word_reaches_the_record_first(tiers: Tiers) -> None:
     tiers.marker.before("drop", lambda: found.append(run_sync(tiers.record.real.get("s", "k"))))
     assert run_sync(tiers.store.forget("s", "k"))
     assert found == [None], "else a claim between the two would publish the old outcome again"
+
+
+def test_a_marker_that_was_never_there_is_said(tiers: Tiers) -> None:
+    """A mistake in the set-up of Redis is told at once, and SQL does not hide it for months."""
+    tiers.marker.down(error=StoreConfigurationError("refuses the password"))
+    with pytest.raises(StoreConfigurationError, match="refuses the password"):
+        tiers.claim()
+    assert tiers.record.verbs == []
+
+
+def test_an_outcome_whose_time_is_over_is_not_published(tiers: Tiers) -> None:
+    """A late finish finds another's outcome past its retention, and sets no marker that would outlive it."""
+    late = tiers.granted()
+    tiers.clock.advance(61)
+    tiers.finish(tiers.granted(retention=10), OTHER)
+    tiers.clock.advance(2 * 3600)
+    tiers.verbs()
+    answer = tiers.finish(late)
+    assert isinstance(answer, Finished)
+    assert answer.expires_in == 0
+    assert "marker.publish" not in tiers.verbs()
+    assert tiers.standing() is None
