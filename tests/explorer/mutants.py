@@ -670,6 +670,7 @@ if owner in self._held and deadline_clock() > self._held[owner].deadline:
         after="if row and row.state is State.RUNNING:",
         laws=("FENCE",),
         scenario="a renewal is late",
+        seed=2,
     ),
     Mutant(
         name="nothing is renewed",
