@@ -1,8 +1,8 @@
-"""What all tests have: servers (services/fixtures.py) and the list of what was skipped (skip_list.py)."""
+"""What all tests have: servers (services/fixtures.py), and last lines on what was skipped and what was proved."""
 
 import pytest
 
-pytest_plugins = ["tests.services.fixtures", "tests.skip_list"]
+pytest_plugins = ["tests.services.fixtures", "tests.skip_list", "tests.explorer.proof_summary"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
