@@ -62,9 +62,6 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 """Seconds between two such tries, at most."""
 
-_LATE_GRANTS = 3
-"""Grants that came too late to begin under, before the message is rather put back."""
-
 _DOUBTFUL_SIZE = 1024 * 1024
 """Bytes of an outcome, the default limit, above which it may be the outcome that a database refuses."""
 
@@ -174,24 +171,18 @@ async def claim_or_withdraw(call: Call) -> Answer:
 
     Nothing has run yet: a claim that nobody holds would make others wait for its lease, or doubt it.
     """
-    late: Lease | None = None
+    asked_at = deadline_clock()
     try:
-        for _ in range(_LATE_GRANTS):
-            asked_at = deadline_clock()
-            answer = await call.services.store.claim(call.request)
-            if not isinstance(answer, Granted):
-                if late is not None and isinstance(answer, InProgress):
-                    # Somebody else has the marker; our own claim would make everybody wait, or be doubted.
-                    await call.services.store.release(late, Release())
-                return answer
-            if deadline_clock() < asked_at + call.policy.lease:
-                return take_up(call, answer.lease, asked_at)
-            late = answer.lease
-            # Its lease may be over, and the heartbeat would not renew it: ask whether it is still ours.
-        await call.services.runtime.shield(lambda: withdraw(call))
+        answer = await call.services.store.claim(call.request)
+        if not isinstance(answer, Granted):
+            return answer
+        if deadline_clock() < asked_at + call.policy.lease:
+            return take_up(call, answer.lease, asked_at)
+        # Its lease may be over and another at work: it is given back, and the message comes again (F1).
+        await call.services.runtime.shield(lambda: give_back(call, answer.lease))
         raise StoreUnavailableError(
             f"the store took longer than the lease to grant {call.request.scope} {call.request.key!r}, "
-            f"{_LATE_GRANTS} times: its handler did not begin"
+            "so its handler did not begin"
         )
     except IdemTasksError:
         raise
@@ -212,12 +203,21 @@ def take_up(call: Call, lease: Lease, asked_at: float) -> Claim:
 
 
 async def withdraw(call: Call) -> None:
-    """Release what an interrupted claim may have been granted; the same owner is granted the same claim again."""
+    """Give back what an interrupted claim may have been granted; the same owner is granted the same claim again."""
     call.services.heartbeat.let_go(call.request.owner)
     try:
         answer = await call.services.store.claim(call.request)
+    except IdemTasksError as error:
+        call.announce(EventName.RELEASE_FAILED, error=str(error))
+    else:
         if isinstance(answer, Granted):
-            await call.services.store.release(answer.lease, Release())
+            await give_back(call, answer.lease)
+
+
+async def give_back(call: Call, lease: Lease) -> None:
+    """Release a claim under which nothing has run."""
+    try:
+        await call.services.store.release(lease, Release())
     except IdemTasksError as error:
         call.announce(EventName.RELEASE_FAILED, error=str(error))
 
