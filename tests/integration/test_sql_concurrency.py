@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from sqlalchemy import create_engine, make_url, select, text
@@ -23,24 +23,56 @@ DATABASES = ["sqlite_url", "postgres_url", "mariadb_url"]
 PROCESSES = 4
 THREADS = 25
 
-CLAIM = """
+Claim = Callable[..., Counter[str]]
+
+CLAIMS = """
 import json, sys
 from collections import Counter
 from idem_tasks.stores.sql import SQLStore
 from idem_tasks.testing.driver import Driver
 from idem_tasks.testing.store_in_use import StoreInUse
 
-url, scope, runtime, number, policy = sys.argv[1:]
-with Driver(runtime) as driver:
-    use = StoreInUse(SQLStore(url), driver)
-    driver(use.store.get(scope, "warm up"))
-    print("ready", flush=True)
-    sys.stdin.readline()
-    requests = [use.request(scope=scope, **json.loads(policy)) for _ in range(int(number))]
-    answers = use.claim_together(requests)
-    print(json.dumps(Counter(type(answer).__name__ for answer in answers)), flush=True)
-    driver(use.store.close())
+for line in iter(sys.stdin.readline, ""):
+    url, scope, runtime, number, policy = json.loads(line)
+    with Driver(runtime) as driver:
+        use = StoreInUse(SQLStore(url), driver)
+        driver(use.store.get(scope, "warm up"))
+        print("ready", flush=True)
+        sys.stdin.readline()
+        answers = use.claim_together([use.request(scope=scope, **policy) for _ in range(number)])
+        print(json.dumps(Counter(type(answer).__name__ for answer in answers)), flush=True)
+        driver(use.store.close())
 """
+
+
+class Claimer:
+    """A process that claims when it is told to."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-W", "error", "-c", CLAIMS]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def end(self) -> None:
+        self._process.communicate(timeout=60)
+        assert self._process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def claimers() -> Iterator[list[Claimer]]:
+    """Processes that take longer to start than to claim."""
+    claimers = [Claimer() for _ in range(PROCESSES)]
+    yield claimers
+    for claimer in claimers:
+        claimer.end()
 
 
 @pytest.fixture(params=DATABASES)
@@ -52,56 +84,50 @@ def use(request: pytest.FixtureRequest) -> Iterator[StoreInUse]:
         driver(use.store.close())
 
 
-def claim_in_processes(use: StoreInUse, **policy: object) -> Counter[str]:
-    """Claim the one key in several processes, each with many threads or tasks, at the same moment."""
+@pytest.fixture
+def claim_in_processes(use: StoreInUse, claimers: list[Claimer]) -> Claim:
+    """Claims the one key in several processes, each with many threads or tasks, at the same moment."""
     url = use.store._clients["blocking"]._url.render_as_string(hide_password=False)  # type: ignore[attr-defined]
-    command = [sys.executable, "-W", "error", "-c", CLAIM, url, use.scope]
-    processes = [
-        subprocess.Popen(
-            [*command, runtime, str(THREADS), json.dumps(policy)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for runtime in ("blocking", "asyncio") * (PROCESSES // 2)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    answers: Counter[str] = Counter()
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in processes:
-        answers.update(json.loads(process.communicate(timeout=60)[0]))
-        assert process.returncode == 0
-    return answers
+
+    def claim(**policy: object) -> Counter[str]:
+        runtimes = ("blocking", "asyncio") * (PROCESSES // 2)
+        for claimer, runtime in zip(claimers, runtimes, strict=True):
+            claimer.tell(json.dumps([url, use.scope, runtime, THREADS, policy]))
+        for claimer in claimers:
+            assert claimer.hear() == "ready\n"
+        for claimer in claimers:
+            claimer.tell("now")
+        answers: Counter[str] = Counter()
+        for claimer in claimers:
+            answers.update(json.loads(claimer.hear()))
+        return answers
+
+    return claim
 
 
-def test_one_of_a_hundred_claims_is_granted(use: StoreInUse) -> None:
+def test_one_of_a_hundred_claims_is_granted(use: StoreInUse, claim_in_processes: Claim) -> None:
     """Of 100 claims on one key, from threads and tasks of four processes, exactly one is granted (F11)."""
-    answers = claim_in_processes(use)
+    answers = claim_in_processes()
     assert answers == {"Granted": 1, "InProgress": PROCESSES * THREADS - 1}
     assert use.record().attempts == 1
 
 
-def test_one_of_a_hundred_takes_over(use: StoreInUse) -> None:
+def test_one_of_a_hundred_takes_over(use: StoreInUse, claim_in_processes: Claim) -> None:
     """Of 100 claims that find a dead holder, exactly one takes over (F6)."""
     dead = use.granted(lease=SHORT)
     use.let_expire(dead)
-    answers = claim_in_processes(use)
+    answers = claim_in_processes()
     assert answers == {"Granted": 1, "InProgress": PROCESSES * THREADS - 1}
     record = use.record()
     assert (record.attempts, record.crashes) == (2, 1)
     assert record.fencing_token > dead.fencing_token
 
 
-def test_a_hundred_put_in_doubt_once(use: StoreInUse) -> None:
+def test_a_hundred_put_in_doubt_once(use: StoreInUse, claim_in_processes: Claim) -> None:
     """Of 100 claims that find a dead holder under hold, none is granted, and the crash is counted once (F6)."""
     dead = use.granted(lease=SHORT)
     use.let_expire(dead)
-    answers = claim_in_processes(use, on_crash="hold")
+    answers = claim_in_processes(on_crash="hold")
     assert answers == {"InDoubt": PROCESSES * THREADS}
     record = use.record()
     assert (record.crashes, record.fencing_token, record.owner) == (1, dead.fencing_token, dead.owner)
