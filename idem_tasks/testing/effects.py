@@ -30,21 +30,24 @@ async def count(effects: Any) -> Counts:
     if _is_engine(effects):
         return _rows(effects)
     if isinstance(effects, Mapping):
-        return {str(name): _number(await _called(what)) for name, what in effects.items()}
+        return {str(name): _number(await _called(what, _NAMED)) for name, what in effects.items()}
     counted = await _called(effects)
     if isinstance(counted, Mapping):
         return {str(name): _number(number) for name, number in counted.items()}
     return {"effects": _number(counted)}
 
 
-async def _called(effects: Any) -> Any:
+_NAMED = "; a dict that is itself to be counted goes under a name, as in {'charges': receipts}"
+
+
+async def _called(effects: Any, remedy: str = "") -> Any:
     """Return what a callable returns, awaited if need be, or the length of what is recorded."""
-    if isinstance(effects, Sized):
+    if isinstance(effects, Sized) and not isinstance(effects, str | bytes):
         return len(effects)
     if not callable(effects):
         raise ConfigurationError(
             "effects= takes a callable that returns a number (or numbers by name), a list, a mapping of callables and "
-            f"lists by name, or a SQLAlchemy Engine, not {type(effects).__name__}"
+            f"lists by name, or a SQLAlchemy Engine, not {type(effects).__name__}{remedy}"
         )
     counted = effects()
     return await counted if inspect.isawaitable(counted) else counted

@@ -129,6 +129,8 @@ class _Examination:
         for name, script in _crash_points(places):
             message, first, counted = await self._play(script)
             points.append(_judged(name, message, first, counted, undisturbed, end))
+        if self._effects is not None and end.how == "returned" and not any(_nonzero(p.effects) for p in points):
+            raise ConfigurationError(_NOTHING_COUNTED)
         return points
 
     async def _undisturbed(self, note: str) -> tuple[ReportedPoint, End, list[Place]]:
@@ -165,6 +167,12 @@ class _Examination:
 _REMEMBERS = (
     "began with a store of its own: what the handler works with remembers the run before; "
     "give reset=, a callable that makes it forget"
+)
+
+
+_NOTHING_COUNTED = (
+    "effects= counted nothing in any run: it looks elsewhere than the handler works, or what the handler works with "
+    "remembers an earlier test; then give reset=, a callable that makes it forget"
 )
 
 

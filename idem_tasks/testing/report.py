@@ -48,8 +48,13 @@ class IdempotencyReport:
     def __str__(self) -> str:
         bad = sum(not point.passed for point in self.points)
         crash_points = len(self.points) - 1
-        verdict = f"not idempotent at {bad} of {crash_points}" if bad else f"idempotent at all {crash_points}"
-        parts = [f"{self.call} is {verdict} crash points\n", self._table()]
+        if bad:
+            verdict = f"is not idempotent at {bad} of {crash_points} crash points"
+        elif any(point.effects for point in self.points):
+            verdict = f"is idempotent at all {crash_points} crash points"
+        else:
+            verdict = f"has one outcome at all {crash_points} crash points; its effects were not counted"
+        parts = [f"{self.call} {verdict}\n", self._table()]
         if bad:
             parts += ["", *self._findings(), "", *self._mending()]
         return "\n".join(parts)

@@ -271,8 +271,11 @@ def test_a_nested_handler_that_refuses_its_duplicate_is_told() -> None:
 
 
 def test_without_effects_only_outcomes_are_compared() -> None:
-    """A handler whose effects nobody counts passes."""
-    assert assert_idempotent(appending([]), "A-1").points[0].effects == {}
+    """A handler whose effects nobody counts passes, and is not called idempotent for that."""
+    report = assert_idempotent(appending([]), "A-1")
+    assert report.points[0].effects == {}
+    first, *_ = str(report).splitlines()
+    assert first == "charge('A-1') has one outcome at all 11 crash points; its effects were not counted"
 
 
 @pytest.mark.parametrize(
@@ -368,6 +371,42 @@ def test_what_cannot_be_counted_is_refused() -> None:
         assert_idempotent(appending([]), "A-1", effects=asynchronous)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="counted '3', which is no whole number"):
         assert_idempotent(appending([]), "A-1", effects=lambda: "3")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="a SQLAlchemy Engine, not str"):
+        assert_idempotent(appending([]), "A-1", effects="sqlite:///shop.db")
+
+
+def test_a_dict_is_taken_for_effects_by_name() -> None:
+    """A fake that remembers receipts by key is no such mapping: the length of a receipt is no number of effects."""
+    receipts: dict[str, str] = {}
+
+    @idempotent_task(key="{order}")
+    def charge(order: str) -> str:
+        return receipts.setdefault(order, f"receipt for {order}")
+
+    with pytest.raises(ConfigurationError, match=r"not str.*; a dict .* under a name"):
+        assert_idempotent(charge, "A-1", effects=receipts, reset=receipts.clear)
+    report = assert_idempotent(charge, "A-1", effects={"charges": receipts}, reset=receipts.clear)
+    assert report.points[0].effects == {"charges": 1}
+
+
+def test_effects_that_count_nothing_are_refused() -> None:
+    """What looks at the wrong list, or at a fake that remembers an earlier test, would pass whatever is done."""
+    with pytest.raises(ConfigurationError, match=r"counted nothing .* reset="):
+        assert_idempotent(appending([]), "A-1", effects=[])
+    paid = {"A-1": 5}
+    with pytest.raises(ConfigurationError, match=r"counted nothing .* reset="):
+        assert_idempotent(upserting(paid), "A-1", effects={"charges": paid})
+
+
+def test_a_final_failure_need_not_have_an_effect() -> None:
+    """Nothing happens in a handler that declines, and nothing is what is counted."""
+    charges: list[str] = []
+
+    @idempotent_task(key="{order}", record_failures=LookupError)
+    def charge(order: str) -> None:
+        raise LookupError("no such card")
+
+    assert assert_idempotent(charge, "A-1", effects=charges).passed
 
 
 def test_fakes_that_remember_need_a_reset() -> None:
