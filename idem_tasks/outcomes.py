@@ -149,7 +149,9 @@ def _changed(value: Any, decoded: Any) -> str:
 
 
 def _cannot_be_kept(value: Any, annotation: Any, problem: str) -> OutcomeError:
-    return OutcomeError(f"a {tagged.type_name(type(value))} cannot be kept{_under(annotation)}: {problem}")
+    return OutcomeError(
+        f"an outcome of type {tagged.type_name(type(value))} cannot be kept{_under(annotation)}: {problem}"
+    )
 
 
 def _reason(error: Exception, annotation: Any) -> str:
