@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from idem_tasks.policy import OnCrash, Policy, PolicyFields
 
+T0 = 1_700_000_000.0
+"""When every execution begins, in seconds since the epoch."""
+
 LEASE = 0.3
 """Seconds. A finish that cannot reach its record tries again for that long, which is two or three times."""
 

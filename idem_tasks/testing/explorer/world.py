@@ -7,53 +7,39 @@ next, and what is lost on the way. It is given one `Action` at a time, and says 
 
 from __future__ import annotations
 
-import contextvars
 from collections import Counter
-from collections.abc import Callable, Coroutine, Generator, Iterator
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, NamedTuple, cast
 
-from idem_tasks.call import Call, Services
+from idem_tasks.call import Call
 from idem_tasks.claims import (
     ClaimRequest,
     EncodedOutcome,
-    Finished,
-    Granted,
-    InProgress,
     Record,
     current_claim,
 )
 from idem_tasks.errors import PUT_BACK, ConflictError, InDoubtError, ParkedError, StoreUnavailableError
-from idem_tasks.events import Announcer
-from idem_tasks.heartbeat import Heartbeat
-from idem_tasks.outcomes import JsonCodec
-from idem_tasks.runtime import Asyncio, Blocking, register_interruption, run_sync
-from idem_tasks.stores.base import MarkerFinished, MarkerPending, MarkerRunning
+from idem_tasks.runtime import run_sync
 from idem_tasks.stores.memory import MemoryStore
 from idem_tasks.stores.memory_marker import MemoryMarker
-from idem_tasks.stores.tiered import TieredStore
 from idem_tasks.task import perform
 from idem_tasks.testing.clock import ManualClock
 from idem_tasks.testing.explorer.laws import ENDED, WAITING, Law, Laws, Violation
+from idem_tasks.testing.explorer.processes import ACTORS_STEPS, Actor, KilledError, SoftLimitError, Worker
 from idem_tasks.testing.explorer.scenario import (
     LEASE,
     RETENTION,
+    T0,
     Behaviour,
     Fault,
     HandlerFailedError,
     RetryError,
     Scenario,
 )
-from idem_tasks.testing.stepped import Step, stepped_marker, stepped_record
-
-T = TypeVar("T")
+from idem_tasks.testing.explorer.words import record_summary, summary_of, words
+from idem_tasks.testing.stepped import Step
 
 SCOPE, KEY, FINGERPRINT = "shop.charge", "A-1", "f" * 64
-T0 = 1_700_000_000.0
-"""Where every execution begins: seconds since the epoch."""
-
-ACTORS_STEPS = 400
-"""Steps of one actor after which it is taken to go round in a circle."""
-
 _AT_A_COMMAND: tuple[Fault, ...] = ("command lost",)
 _AT_A_REPLY: tuple[Fault, ...] = ("reply lost", "sent again")
 _AT_ANY_STEP: tuple[Fault, ...] = ("soft limit", "shutdown")
@@ -70,8 +56,7 @@ _OF_THE_WORLD: tuple[Fault, ...] = (
     "resolve with a rerun",
     "purge",
 )
-_PEOPLE: tuple[Fault, ...] = ("forget", "resolve with an outcome", "resolve with a rerun", "purge")
-_codec = JsonCodec()
+_TIME_PASSES: tuple[Fault, ...] = ("third of a lease over", "lease over", "retention over")
 
 
 class Action(NamedTuple):
@@ -79,177 +64,6 @@ class Action(NamedTuple):
 
     what: str
     who: str = ""
-
-
-class KilledError(BaseException):
-    """A process that is gone: nothing of it reaches anybody any more."""
-
-
-class SoftLimitError(Exception):
-    """Strikes at any step, as Celery's soft time limit does."""
-
-
-register_interruption(SoftLimitError)
-
-
-class _Stop:
-    """Suspends an actor at a step."""
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-
-    def __await__(self) -> Generator[Step, bool, bool]:
-        return (yield self._step)
-
-
-class Runtime(Blocking):
-    """The blocking runtime, whose handler and pauses can be suspended."""
-
-    invoke = Asyncio.invoke
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    def can_wait(self, *, after: BaseException) -> bool:
-        """Say no for a process that is gone."""
-        return not isinstance(after, KilledError)
-
-    async def shield(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Shield as the blocking runtime does, unless the process is gone."""
-
-        async def unless_gone() -> T:
-            if self._worker.dead:
-                raise KilledError
-            return await operation()
-
-        return await super().shield(unless_gone)
-
-    async def sleep(self, seconds: float) -> None:
-        """Stop until the world goes on with this actor; then that many seconds have passed for all."""
-        await self._worker.reach(Step("clock", "sleep", "before", seconds))
-
-
-class _Heartbeat(Heartbeat):
-    """The heartbeat, which beats when the world says so."""
-
-    def _wake_by(self, time: float) -> None:
-        pass
-
-    def is_due(self, now: float) -> bool:
-        due = self._due_at()
-        return due is not None and due <= now
-
-    @property
-    def is_needed(self) -> bool:
-        return self._due_at() is not None
-
-
-class Worker:
-    """One process: a store of its own on the shared tiers, and a heartbeat."""
-
-    def __init__(self, world: World, name: str) -> None:
-        self.world = world
-        self.name = name
-        self.dead = False
-        self.has_beaten = False
-        self.reply: str | None = None
-        """What becomes of the next reply, where the world does not stop at each."""
-        announce = Announcer(())
-        self.store = TieredStore(
-            stepped_marker(world.watched_marker, self.reach), stepped_record(world.watched_record, self.reach)
-        )
-        self.heartbeat = _Heartbeat(self.store, announce)
-        self.services = Services(self.store, self.heartbeat, announce, _codec, Runtime(self))
-
-    async def reach(self, step: Step) -> bool:
-        """Stop at a step of whatever runs in this process."""
-        if self.dead:
-            raise KilledError
-        if step.when == "before" or self.world.scenario.every_reply:
-            return await _Stop(step)
-        fault, self.reply = self.reply, None
-        self.world.log[-1] += f" -> {_words_of(step.answer)}"
-        self.world.was_told(step.answer)
-        if fault == "reply lost":
-            self.world.actor_at_hand.outages.add(step.tier)
-            raise StoreUnavailableError("the reply was lost")
-        if fault is None:
-            self.world.actor_at_hand.hear(step)
-        return fault == "sent again"
-
-
-class Actor:
-    """A coroutine of a worker that waits at a step."""
-
-    def __init__(self, name: str, worker: Worker, coroutine: Coroutine[Any, Any, None]) -> None:
-        self.name = name
-        self.worker = worker
-        self.coroutine = coroutine
-        self.context = contextvars.Context()
-        self.step: Step | None = None
-        self.steps = 0
-        self.trail = 0
-        """A hash of all it was told: its local state follows from that."""
-        self.holds_message = False
-        self.first_epoch = 0
-        self.sent_at = 0.0
-        """When it came to its step: when a command was sent."""
-        self.outages: set[str] = set()
-        """The tiers that it could not reach, once at least."""
-        self.returned_at = 0.0
-        """When its handler returned."""
-        self.struck = False
-        """Whether it was interrupted, once at least."""
-        self.superseded = False
-        """Whether its release was answered with a recorded outcome."""
-
-    @property
-    def is_new(self) -> bool:
-        """Whether it waits at its first step, at a tier, and could as well have come to it later.
-
-        Not a heartbeat: what it renews was due, and held, when it began.
-        """
-        return (
-            self.steps == 1
-            and not self.name.endswith("heartbeat")
-            and self.step is not None
-            and self.step.tier in ("marker", "record")
-        )
-
-    def summary(self) -> tuple[Any, ...]:
-        """Return all that its next steps depend on, with the answer that it has not heard yet."""
-        waits_at = None if self.step is None else (self.step.tier, self.step.verb, _summary(self.step.answer))
-        return self.name, self.trail, waits_at, self.holds_message, self.first_epoch
-
-    def resume(self, world: World, reply: bool | BaseException | None) -> None:
-        """Go on to the next step or to the end."""
-        world.going_on(self.name)
-        self.steps += 1
-        if self.steps > ACTORS_STEPS:
-            raise Violation(Law.KNOWN_ENDINGS, f"{self.name} went round in a circle")
-        told = type(reply).__name__ if isinstance(reply, BaseException) else (reply, self.worker.reply)
-        step = self.step
-        self.struck = self.struck or isinstance(reply, (SoftLimitError, SystemExit))
-        if step is not None and isinstance(reply, StoreUnavailableError):
-            self.outages.add(step.tier)
-        elif step is not None and step.when == "after" and reply is False:
-            self.hear(step)
-        seen = None if step is None else (step.tier, step.verb, step.when, _summary(step.answer))
-        self.trail = hash((self.trail, seen, told, world.clock()))
-        self.step = None
-        try:
-            if isinstance(reply, BaseException):
-                self.step = self.context.run(self.coroutine.throw, reply)
-            else:
-                self.step = self.context.run(self.coroutine.send, reply)
-        except (StopIteration, KilledError):
-            del world.actors[self.name]
-        self.sent_at = world.clock()
-
-    def hear(self, step: Step) -> None:
-        """Note what an answer obliges it to."""
-        if (step.tier, step.verb) == ("record", "release"):
-            self.superseded = isinstance(step.answer, Finished)
 
 
 class World:
@@ -285,12 +99,12 @@ class World:
         """Return all that can happen next, in a fixed order: first what goes well, then the faults.
 
         Two kinds of steps are taken at once, because their order makes no difference to anybody (partial-order
-        reduction): the first of an actor, which could as well have begun later, and, when no fault is left to come
-        between, those that touch neither tier.
+        reduction): the first of an actor, which could as well have begun later unless time passes, and, when no fault
+        is left to come between, those that touch neither tier.
         """
         for actor in self.actors.values() if self.scenario.reduced else ():
-            if actor.is_new:
-                return [Action("go", actor.name), *(self._faults_at(actor) if self.faults_left else ())]
+            if actor.is_new and not self._somebody_sleeps:
+                return [Action("go", actor.name), *(self._before_it_begins(actor) if self.faults_left else ())]
             if not self.faults_left and self._is_private(actor):
                 return [Action("go", actor.name)]
         goes = [Action("go", name) for name in self.actors]
@@ -299,6 +113,17 @@ class World:
         goes += [Action("beat", worker.name) for worker in self.workers.values() if self._may_beat(worker)]
         goes += [Action(f"{server} up") for server in sorted(self.down)]
         return goes + (list(self._faults()) if self.faults_left else [])
+
+    @property
+    def _somebody_sleeps(self) -> bool:
+        return any(actor.step is not None and actor.step.tier == "clock" for actor in self.actors.values())
+
+    def _before_it_begins(self, actor: Actor) -> Iterator[Action]:
+        """Yield what can go wrong at an actor's first step, and what makes it late: it has read the clock already."""
+        yield from self._faults_at(actor)
+        for fault in _TIME_PASSES:
+            if self.left[fault] and self._can_happen(fault):
+                yield Action(fault)
 
     def _may_beat(self, worker: Worker) -> bool:
         beating = f"{worker.name}'s heartbeat" in self.actors
@@ -397,7 +222,7 @@ class World:
     def _go_on(self, actor: Actor, *, again: bool = False) -> None:
         step = actor.step
         assert step is not None
-        self.log.append(f"{actor.name}: {_words(step)}")
+        self.log.append(f"{actor.name}: {words(step)}")
         if step.tier == "clock":
             self.clock.advance(step.answer)
         server = {"record": "SQL", "marker": "Redis"}.get(step.tier)
@@ -412,24 +237,24 @@ class World:
         assert step is not None
         match fault:
             case "command lost":
-                self.log.append(f"{actor.name}: {_words(step)} - the command is LOST")
+                self.log.append(f"{actor.name}: {words(step)} - the command is LOST")
                 actor.resume(self, StoreUnavailableError("the command was lost"))
             case "reply lost" | "sent again" if step.when == "before":
-                words = "the reply is LOST" if fault == "reply lost" else "the client SENDS AGAIN"
-                self.log.append(f"{actor.name}: {_words(step)} - {words}")
+                what = "the reply is LOST" if fault == "reply lost" else "the client SENDS AGAIN"
+                self.log.append(f"{actor.name}: {words(step)} - {what}")
                 actor.worker.reply = fault
                 actor.resume(self, reply=False)
             case "reply lost":
-                self.log.append(f"{actor.name}: {_words(step)} - the reply is LOST")
+                self.log.append(f"{actor.name}: {words(step)} - the reply is LOST")
                 actor.resume(self, StoreUnavailableError("the reply was lost"))
             case "sent again":
-                self.log.append(f"{actor.name}: {_words(step)} - the reply is lost, and the client SENDS AGAIN")
+                self.log.append(f"{actor.name}: {words(step)} - the reply is lost, and the client SENDS AGAIN")
                 actor.resume(self, reply=True)
             case "soft limit":
-                self.log.append(f"{actor.name}: a SOFT LIMIT strikes at: {_words(step)}")
+                self.log.append(f"{actor.name}: a SOFT LIMIT strikes at: {words(step)}")
                 actor.resume(self, SoftLimitError())
             case "shutdown":
-                self.log.append(f"{actor.name}: a SHUTDOWN strikes at: {_words(step)}")
+                self.log.append(f"{actor.name}: a SHUTDOWN strikes at: {words(step)}")
                 actor.resume(self, SystemExit())
             case "delivered again":
                 self.log.append(f"the broker DELIVERS AGAIN what {actor.name} still has")
@@ -667,7 +492,7 @@ class World:
     def was_told(self, answer: Any) -> None:
         """Let two states differ in which whoever goes on now was told something else."""
         actor = self.actor_at_hand
-        actor.trail = hash((actor.trail, _summary(answer)))
+        actor.trail = hash((actor.trail, summary_of(answer)))
 
     @property
     def actor_at_hand(self) -> Actor:
@@ -744,10 +569,10 @@ class World:
         standing = self.marker._markers.get((SCOPE, KEY))  # noqa: SLF001 - simulated by it
         return hash(
             (
-                None if self._last_seen is None else _record_summary(self._last_seen),
-                _marker_summary(standing),
+                None if self._last_seen is None else record_summary(self._last_seen),
+                standing,
                 tuple(actor.summary() for _, actor in sorted(self.actors.items())),
-                tuple((w.name, w.dead, _heartbeat_summary(w.heartbeat)) for w in self.workers.values()),
+                tuple((w.name, w.dead, w.heartbeat.summary()) for w in self.workers.values()),
                 (self.ready, self.begun, self.runs, frozenset(self.down), self.clock(), self._people),
                 (tuple(self._unfinished), frozenset(self._decided.items())),
                 (self.faults_left, frozenset(self.left.items())),
@@ -772,95 +597,3 @@ class _Watched:
 
         self.__dict__[verb] = watched
         return watched
-
-
-# In words, and in short
-
-
-def _words(step: Step) -> str:
-    match step.tier, step.when:
-        case "clock", _:
-            return f"waits {step.answer:g} s"
-        case "marker" | "record", "before":
-            return f"asks the {step.tier}: {step.verb}"
-        case "marker" | "record", _:
-            return f"the {step.tier} has done {step.verb}, and answers: {_words_of(step.answer)}"
-        case "handler", _:
-            return f"the handler: {step.verb}"
-        case _:
-            return step.verb
-
-
-def _words_of(answer: Any) -> str:
-    match answer:
-        case Granted(lease):
-            return f"granted, fencing token T0+{lease.fencing_token - int(T0 * 1e6)}"
-        case MarkerFinished(finished):
-            return f"finished, {_text(finished.outcome)}"
-        case Finished():
-            return f"finished, {_text(answer.outcome)}"
-        case MarkerPending():
-            return f"pending, {_text(answer.outcome)} of {answer.owner}"
-        case None:
-            return "done"
-        case str() | bool() | frozenset() | list():
-            return str(answer)
-        case Record():
-            return answer.state.value
-        case _:
-            return type(answer).__name__
-
-
-def _text(outcome: EncodedOutcome) -> str:
-    return outcome.error_type or "nothing" if outcome.body is None else outcome.body.decode()
-
-
-def _summary(answer: Any) -> Any:
-    """Return what an actor can learn from an answer."""
-    match answer:
-        case Granted(lease):
-            return "granted", lease.fencing_token, lease.attempts, lease.crashes, lease.failures, lease.taken_over
-        case MarkerFinished(finished):
-            return "finished", finished.outcome, finished.expires_in
-        case Finished():
-            return "finished", answer.outcome, answer.expires_in
-        case MarkerPending():
-            return "pending", answer.owner, answer.fencing_token, answer.outcome
-        case MarkerRunning(retry_after) | InProgress(retry_after):
-            return "in progress", retry_after
-        case list() | tuple() | set():
-            return len(answer)
-        case Record():
-            return _record_summary(answer)
-        case _:
-            return repr(answer)
-
-
-def _record_summary(record: Record) -> tuple[Any, ...]:
-    return (
-        record.state,
-        record.fencing_token,
-        record.owner,
-        record.attempts,
-        record.failures,
-        record.crashes,
-        record.generation,
-        record.lease_expires_at,
-        record.expires_at,
-        record.outcome,
-    )
-
-
-def _marker_summary(marker: Any) -> tuple[Any, ...]:
-    if marker is None:
-        return ()
-    kind = type(marker).__name__
-    lease, finished = getattr(marker, "lease", None), getattr(marker, "finished", None)
-    owner = getattr(marker, "owner", "") if lease is None else (lease.owner, marker.outcome)
-    return kind, owner, None if finished is None else finished.outcome, marker.expires_at
-
-
-def _heartbeat_summary(heartbeat: _Heartbeat) -> tuple[Any, ...]:
-    held = tuple((owner, claim.deadline, claim.renew_at, claim.lost) for owner, claim in heartbeat._held.items())  # noqa: SLF001
-    pending = tuple((owner, waiting.try_at, waiting.pause) for owner, waiting in heartbeat._pending.items())  # noqa: SLF001
-    return held, pending
