@@ -136,9 +136,14 @@ class _Examination:
     async def _undisturbed(self, note: str) -> tuple[ReportedPoint, End, list[Place]]:
         message, delivery, counted = await self._play(Message.deliver)
         (end,) = message.ends
-        if end.how not in {"returned", "raised"}:
+        never_ran = _ENDED not in delivery.places
+        if end.how not in {"returned", "raised"} or (never_ran and end.how == "raised"):
             end.value.add_note(note)
             raise end.value
+        if never_ran:
+            raise ConfigurationError(
+                f"{self._call_text()} returned {_text(end)} and its handler never ran: what wraps it answers by itself"
+            )
         return ReportedPoint(UNDISTURBED, message.runs, counted, _text(end)), end, delivery.places
 
     async def _play(self, script: Script) -> tuple[Message, Delivery, Counts]:

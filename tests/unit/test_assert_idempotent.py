@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import re
 import time
@@ -21,6 +22,7 @@ from idem_tasks import (
     ConfigurationError,
     Idempotency,
     InProgressError,
+    InvalidKeyError,
     MemoryStore,
     Policy,
     config,
@@ -750,6 +752,24 @@ def test_a_handler_that_fails_the_second_time_needs_a_reset() -> None:
     with pytest.raises(AssertionError) as caught:
         assert_idempotent(charge, "A-1")
     assert "reset=" in caught.value.__notes__[-1]
+
+
+def test_a_call_that_has_no_key_raises_what_says_so() -> None:
+    """A message without an idempotency key never gets to its handler: the error tells why, as it does in a worker."""
+    with pytest.raises(InvalidKeyError, match="order") as caught:
+        assert_idempotent(appending([]), None)
+    assert caught.value.__notes__ == ["raised in the undisturbed run of assert_idempotent"]
+
+
+def test_a_call_that_does_not_reach_its_handler_is_refused() -> None:
+    """A wrapper that answers by itself leaves nothing to examine."""
+    charge = appending([])
+
+    @functools.wraps(charge)
+    def closed(order: str) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="returned None and its handler never ran"):
+        assert_idempotent(closed, "A-1")
 
 
 def test_what_is_not_decorated_is_refused() -> None:
