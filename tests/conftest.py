@@ -1,8 +1,14 @@
 """What all tests have: servers (services/fixtures.py), and last lines on what was skipped and what was proved."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.services.fixtures", "tests.skip_list", "tests.explorer.proof_summary"]
+
+
+# How long an example takes says how busy this machine is, and nothing of what is tested.
+settings.register_profile("busy machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,25 @@ def test_a_call_that_is_struck_hangs_up_on_every_node(redis_cluster: RedisCluste
     with ExitStack() as stack:
         servers = [stack.enter_context(node.client()) for node in redis_cluster.nodes]
         hangs_up(redis_cluster.url.replace("redis://", "redis+cluster://").removesuffix("/0"), servers, unique_name)
+
+
+def test_a_call_that_is_cancelled_leaves_no_reply_for_the_next(redis_url: str) -> None:
+    """On an event loop redis-py itself hangs up what was cancelled between a command and its reply."""
+    store: Any = RedisStore(redis_url).on("asyncio", Announcer(()))
+
+    async def main() -> None:
+        await store.prepare()
+        for number in range(50):
+            call = asyncio.ensure_future(store.take(request(f"key {number}")))
+            for _ in range(number % 7):
+                await asyncio.sleep(0)
+            call.cancel()
+            with suppress(asyncio.CancelledError):
+                await call
+            assert await store.take(request(f"other {number}")) == MarkerTaken()
+        await store.close()
+
+    asyncio.run(main())
 
 
 def test_a_call_that_is_struck_before_it_connects(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,26 @@ def test_a_forked_child_leaves_its_parents_sqlite_alone(sqlite_url: str) -> None
         driver(use.store.close())
 
 
+def test_a_forked_child_leaves_a_given_asyncio_engine_alone(postgres_url: str) -> None:
+    """The child has connections of its own, and its parent goes on with the ones that it had (F27)."""
+
+    async def main() -> None:
+        engine = create_async_engine(postgres_url.replace("+psycopg", "+asyncpg"))
+        store = SQLStore(engine, create_schema=True)
+        assert await store.get("scope", "key") is None
+        child = multiprocessing.get_context("fork").Process(target=lambda: asyncio.run(in_the_child(store)))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        assert await store.get("scope", "key") is None
+        await engine.dispose()
+
+    async def in_the_child(store: SQLStore) -> None:
+        assert await store.get("scope", "key") is None
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("url", ["sqlite_url", *SERVERS], indirect=True)
 def test_event_loops_come_and_go(url: str) -> None:
     """Each `asyncio.run` has connections of its own, and they end with it, though nobody closed the store (F54)."""

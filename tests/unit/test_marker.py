@@ -132,6 +132,44 @@ def test_whose_running_marker_it_is() -> None:
     assert taken(b"running:other:", left=-2) == MarkerRunning(0.0)
 
 
+def finished_marker() -> bytes:
+    server = OneKey()
+    outcome = Finished(EncodedOutcome(body=b"1", codec="json"), None, 1.0)
+    run_sync(RedisMarkers(server, "idem:").publish("s", "k", "o", outcome, 1.0))
+    value: bytes = server.told[-2]
+    return value
+
+
+@pytest.mark.parametrize(
+    "now_standing, expected",
+    [
+        (None, MarkerTaken),
+        (finished_marker(), MarkerFinished),
+        (b"running:other:", MarkerRunning),
+        (b"running:a third one:", MarkerRunning),
+    ],
+    ids=["gone", "finished", "the same", "another"],
+)
+def test_what_ends_between_two_looks_is_told_as_it_is_now(now_standing: bytes | None, expected: type) -> None:
+    """The long life of an outcome is never taken for that of the lease which it replaced."""
+
+    class TwoLooks(OneKey):
+        async def milliseconds_left(self, key: bytes) -> int:
+            self.standing = now_standing
+            return self.left
+
+    answer = run_sync(RedisMarkers(TwoLooks(b"running:other:", 86_400_000), "idem:").take(request()))
+    assert type(answer) is expected
+    if isinstance(answer, MarkerRunning):
+        assert answer.retry_after == (86_400 if now_standing == b"running:other:" else 0)
+
+
+def test_a_pending_marker_without_a_fence_is_an_error() -> None:
+    """Without a fencing token nobody could write it to the record."""
+    with pytest.raises(StoreError, match="no marker that this version can read"):
+        taken(finished_marker().replace(b"finished:", b"pending:owner:", 1))
+
+
 @pytest.mark.parametrize(
     "value", [b"", b"x", b"finished:", b"finished:\xc0", b"pending:", b"pending:o:", b"pending:o:\x90", b"\xff\xfe:"]
 )
