@@ -117,6 +117,12 @@ def was_held_up(run: Started, faults: Iterable[Fault], lease: float) -> bool:
     )
 
 
+def strikes_claims(fault: Fault, shop: str, since: float, until: float) -> bool:
+    """Tell whether this fault may have struck a claim between these times, whoever made it."""
+    strikes = fault.kind in KILLS or fault.kind == "worker_paused" or is_of_sql(fault, shop)
+    return strikes and fault.at <= until and fault.until + SLACK >= since
+
+
 def is_of_sql(fault: Fault, shop: str) -> bool:
     return fault.kind in SQL_AWAY and fault.target == f"{shop} sql"
 

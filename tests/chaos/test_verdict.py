@@ -99,13 +99,23 @@ def test_in_doubt() -> None:
 
 
 def test_parked() -> None:
-    """A parked charge is good, and somebody has to look."""
+    """A parked charge is found: no handler here fails, and no number of crashes is too many."""
     order = order_of()
     order.answer(9.0, None, error="ParkedError")
     order.keep("parked", 1)
     verdict = verdict_of(order)
-    assert verdict.good, verdict.problems
-    assert only(verdict).classes == ("parked",)
+    assert only(verdict).classes == ("unexpected", "parked")
+    assert sum("nothing here is parked" in problem for problem in verdict.problems) == 2
+
+
+def test_told_that_a_completed_one_is_parked() -> None:
+    """A duplicate that was told of a parked charge is found, though that charge is completed."""
+    order = order_of()
+    order.complete(1.0)
+    order.publish(4.0, "m2")
+    order.answer(5.0, None, error="ParkedError", message="m2")
+    [problem] = verdict_of(order).problems
+    assert "was answered with ParkedError at 5.000 s" in problem
 
 
 def test_paused_payment() -> None:
@@ -698,12 +708,36 @@ def test_doubt_before_it_began() -> None:
     assert verdict_of(order).good, verdict_of(order).problems
 
 
-def test_doubt_of_nobody() -> None:
+@pytest.mark.parametrize(
+    "kind,part", [("child_killed", "worker 1"), ("worker_paused", "worker 0"), ("connections_cut", "sql")]
+)
+def test_doubt_of_nobody(kind: str, part: str) -> None:
     """A payment whose claim was struck before any run began may be in doubt."""
     order = order_of("pay")
+    order.made.fault(kind, 0.5, part=part, pids=(99,))
     order.answer(3.0, None, error="InDoubtError")
     order.keep("in_doubt", 1)
     assert verdict_of(order).good, verdict_of(order).problems
+
+
+@pytest.mark.parametrize(
+    "kind,at,part",
+    [
+        ("markers_flushed", 0.5, "markers"),
+        ("connections_cut", 0.5, "broker"),
+        ("child_killed", -1.0, "worker 1"),
+        ("child_killed", 3.5, "worker 1"),
+        ("child_killed", 0.5, f"{OTHER_SHOP} worker 1"),
+    ],
+)
+def test_doubt_of_nobody_without_reason(kind: str, at: float, part: str) -> None:
+    """Where no run began, a payment is in doubt only after something that could strike a claim, in its shop."""
+    order = order_of("pay")
+    order.made.fault(kind, at, part=part, pids=(99,))
+    order.answer(3.0, None, error="InDoubtError")
+    order.keep("in_doubt", 1)
+    [problem] = verdict_of(order).problems
+    assert "never began, and was in doubt at 3.000 s without a fault" in problem
 
 
 def test_problem_tells_what_happened() -> None:

@@ -24,7 +24,7 @@ from itertools import pairwise
 from typing import Any
 
 from idem_tasks import errors
-from tests.chaos.explained import Explained, Run, explain, may_be_in_doubt, was_held_up
+from tests.chaos.explained import Explained, Run, explain, may_be_in_doubt, strikes_claims, was_held_up
 from tests.chaos.history import Answered, Effect, Fault, History, Kept, Published, Started
 
 BROKEN = ("lost", "duplicated", "unexpected")
@@ -194,6 +194,7 @@ class Rules:
             self._effects_are_of_runs,
             self._no_lease_is_cut_short,
             self._policy_is_kept,
+            self._nothing_is_parked,
             self._doubt_has_a_reason,
         )
         problems = tuple((kind, self._sentence(what)) for rule in rules for kind, what in rule())
@@ -358,14 +359,27 @@ class Rules:
         for row in self._rows.started[1:]:
             yield "unexpected", f"began again {self._of(row)}, though it is held after a crash"
 
+    def _nothing_is_parked(self) -> Iterator[tuple[str, str]]:
+        """No handler here fails, and no number of crashes is too many (`max_crashes=None`)."""
+        if self._state == "parked":
+            yield "unexpected", "is parked, and nothing here is parked"
+        for row in self._rows.answered:
+            if row.error == "ParkedError":
+                yield "unexpected", f"was answered with ParkedError at {self._at(row.at)}, and nothing here is parked"
+
     def _doubt_has_a_reason(self) -> Iterator[tuple[str, str]]:
         """A run that began, and whose process nothing had struck, was put in doubt while its lease should have lived.
 
-        Where none began, a claim was struck before its run: nobody wrote down whose.
+        Where none began, a claim was struck before its run: nobody wrote down whose, so that anybody's will do.
         """
         doubted = next((row for row in self._rows.answered if row.error == "InDoubtError"), None)
         run = self._rows.started[0] if self._rows.started else None
-        if doubted is None or run is None:
+        if doubted is None:
+            return
+        if run is None:
+            since = min((row.at for row in self._rows.published), default=doubted.at)
+            if not any(strikes_claims(fault, doubted.shop, since, doubted.at) for fault in self._faults):
+                yield "unexpected", f"never began, and was in doubt at {self._at(doubted.at)} without a fault"
             return
         answer = next((row for row in self._rows.answered if row.pid == run.pid and row.at >= run.at), None)
         answered_at = answer.at if answer else None
