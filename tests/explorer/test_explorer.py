@@ -149,4 +149,4 @@ def test_a_find_is_short_and_can_be_seen_again(monkeypatch: pytest.MonkeyPatch) 
     text = str(explored.find)
     assert "BROKEN: no key stays in progress" in text
     assert "worker 1 is KILLED: the broker has its message again" in text
-    assert f"--replay {explored.find.replay}" in text
+    assert f"--replay '{explored.find.replay}'" in text

@@ -8,6 +8,7 @@ the faults that are left, what the laws remember, and all that each actor was to
 from __future__ import annotations
 
 import random
+import shlex
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class Find:
 
     @property
     def replay(self) -> str:
-        """What `explore --replay` takes to see it again: the scenario, and the number of each action taken."""
+        """What `--replay` takes to see it again: the scenario, and the number of each action taken."""
         return f"{self.scenario.name}:{'.'.join(map(str, _numbers(self.scenario, self.path)))}"
 
     def __str__(self) -> str:
@@ -53,7 +54,12 @@ class Find:
             lines.append(f"     ... and {len(self.log) - _LINES_SHOWN} more")
         seed = "" if self.seed is None else f", found with seed {self.seed}"
         return "\n".join(
-            [f"BROKEN: {self.violation}", f"in {self.scenario.name}{seed}", *lines, f"again: --replay {self.replay}"]
+            [
+                f"BROKEN: {self.violation}",
+                f"in {self.scenario.name}{seed}",
+                *lines,
+                f"again: python -m idem_tasks.testing.explorer --replay {shlex.quote(self.replay)}",
+            ]
         )
 
 
@@ -112,13 +118,23 @@ def explore_at_random(scenario: Scenario, seed: int, *, executions: int, seconds
 
 
 def replay(scenario: Scenario, numbers: Sequence[int]) -> Find | None:
-    """Go through one execution again, by the number of each action among those that could happen."""
+    """Go through one execution again, by the number of each action among those that could happen.
+
+    Raises ValueError where there is no such action: the numbers are those of another scenario, or of other code.
+    """
     clock = ManualClock()
     with deadline_clock_from(clock):
-        world, path = World(scenario, clock), []
+        path: list[Action] = []
+        world = World(scenario, clock)
         try:
             for number in numbers:
-                path.append(world.actions()[number])
+                possible = world.actions()
+                if not 0 <= number < len(possible):
+                    raise ValueError(
+                        f"after {len(path)} actions there are {len(possible)}, and none is number {number}: "
+                        "these numbers are those of another scenario, or of other code"
+                    )
+                path.append(possible[number])
                 world.act(path[-1])
             world.settle()
         except Violation as violation:
