@@ -26,7 +26,8 @@ _HEAD = """\
 Every way known to us in which a marker in Redis and a record in SQL can run an effect twice, lose a message, get stuck
 or mix things up. Each has a number, which tests and comments in the code name. Under it stands what prevents it here,
 and the tests that fail without that: those on real servers first, with the servers that they run on. A test without
-servers runs in memory, and where it can on a clock of its own.
+servers runs in memory, and where it can on a clock of its own. Of more than four the others are found with
+`grep -rnw F7 tests idem_tasks/testing`.
 
 {counts}
 
