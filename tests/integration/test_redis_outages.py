@@ -247,6 +247,7 @@ def test_a_sentinel_that_does_not_know_the_service(redis_sentinel: RedisSentinel
     store = RedisStore(sentinel_url(redis_sentinel) + "-unknown")
     with pytest.raises(StoreUnavailableError, match="'idem-unknown' by the Sentinels"):
         run_sync(store.take(request()))
+    run_sync(store.close())
 
 
 # Event loops and processes
