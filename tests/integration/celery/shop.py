@@ -291,6 +291,17 @@ def changes(order: dict[str, Any]) -> str:
     return "done"
 
 
+@app.task(name="shop.changes_and_comes_again", **LATE)
+@idempotent_task(key="{order[id]}")
+def changes_and_comes_again(order: dict[str, Any]) -> str:
+    """Change the argument, then ask for another delivery; return what came with that."""
+    ledger.note("started", order["id"])
+    came, order["state"] = str(order["state"]), "seen"
+    if ledger.count("started", order["id"]) == 1:
+        raise StoreUnavailableError("somebody else's store")
+    return came
+
+
 if os.environ.get("SHOP_COROUTINE"):
 
     @app.task(name="shop.coroutine", **LATE)

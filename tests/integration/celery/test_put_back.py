@@ -96,6 +96,13 @@ def test_arguments_that_the_handler_changed_are_sent_unchanged(shop: Shop, uniqu
     assert first.get(timeout=SECONDS) == second.get(timeout=SECONDS) == "done"
 
 
+def test_a_handler_that_changed_its_argument_gets_it_again_as_it_was_sent(shop: Shop, unique_name: str) -> None:
+    """F18: also the copy whose own handler changed it before it was put back."""
+    order = {"id": unique_name, "state": "new"}
+    assert shop.send("changes_and_comes_again", order).get(timeout=SECONDS) == "new"
+    assert shop.ledger.count("put_back", unique_name) == 1
+
+
 def test_a_soft_limit_while_it_waits_puts_it_back(shop: Shop, unique_name: str) -> None:
     """Nothing has run: Celery would fail and acknowledge it, and if the holder then died nobody would run it (F31)."""
     first = shop.send("charge", unique_name, hold=True)
