@@ -14,6 +14,7 @@ from idem_tasks.stores.redis import RedisStore
 from idem_tasks.stores.sql import SQLStore
 from idem_tasks.stores.tiered import TieredStore
 from idem_tasks.testing import ManualClock, RecordTierContract, StoreContract
+from idem_tasks.testing.driver import PATIENCE
 from tests.services import fixtures
 
 
@@ -92,7 +93,7 @@ class TestRedis(StoreContract):
 
     @pytest.fixture
     def store(self, redis_url: str) -> Store:
-        return RedisStore(redis_url)
+        return RedisStore(redis_url, socket_timeout=PATIENCE)
 
 
 class TestTieredRedisPostgreSQL(StoreContract):
@@ -100,7 +101,7 @@ class TestTieredRedisPostgreSQL(StoreContract):
 
     @pytest.fixture
     def store(self, redis_url: str, postgres_database: str) -> Store:
-        return TieredStore(RedisStore(redis_url), SQLStore(postgres_database, create_schema=True))
+        return TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(postgres_database, create_schema=True))
 
 
 class TestTieredRedisSQLite(StoreContract):
@@ -108,4 +109,4 @@ class TestTieredRedisSQLite(StoreContract):
 
     @pytest.fixture
     def store(self, redis_url: str, sqlite_url: str) -> Store:
-        return TieredStore(RedisStore(redis_url), SQLStore(sqlite_url))
+        return TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(sqlite_url))

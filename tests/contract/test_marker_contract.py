@@ -10,6 +10,7 @@ from idem_tasks.stores.base import Marker
 from idem_tasks.stores.memory_marker import MemoryMarker
 from idem_tasks.stores.redis import RedisStore
 from idem_tasks.testing import ManualClock, MarkerContract
+from idem_tasks.testing.driver import PATIENCE
 
 
 class TestMemoryMarker(MarkerContract):
@@ -33,4 +34,4 @@ class TestRedisMarker(MarkerContract):
 
     @pytest.fixture
     def marker(self, redis_url: str) -> Marker:
-        return RedisStore(redis_url)
+        return RedisStore(redis_url, socket_timeout=PATIENCE)

@@ -41,6 +41,7 @@ from idem_tasks.stores.memory_marker import MemoryMarker
 from idem_tasks.stores.redis import RedisStore
 from idem_tasks.stores.sql import SQLStore
 from idem_tasks.stores.tiered import TieredStore
+from idem_tasks.testing.driver import PATIENCE
 
 T = TypeVar("T")
 
@@ -251,9 +252,9 @@ def tested(name: str, request: pytest.FixtureRequest) -> Store:
         case "mariadb":
             return SQLStore(url("mariadb_database"), create_schema=True)
         case "redis":
-            return RedisStore(url("redis_url"))
+            return RedisStore(url("redis_url"), socket_timeout=PATIENCE)
         case _:
-            return TieredStore(RedisStore(url("redis_url")), SQLStore(url("sqlite_url")))
+            return TieredStore(RedisStore(url("redis_url"), socket_timeout=PATIENCE), SQLStore(url("sqlite_url")))
 
 
 @pytest.mark.parametrize("name", STORES)
