@@ -101,7 +101,9 @@ class TestTieredRedisPostgreSQL(StoreContract):
 
     @pytest.fixture
     def store(self, redis_url: str, postgres_database: str) -> Store:
-        return TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(postgres_database, create_schema=True))
+        return TieredStore(
+            RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(postgres_database, create_schema=True)
+        )
 
 
 class TestTieredRedisSQLite(StoreContract):
