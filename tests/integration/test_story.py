@@ -44,7 +44,13 @@ class RealWorld:
         self.idem = Idempotency(store=store, observers=[self.events.append])
 
     def __enter__(self) -> Self:
+        # A first connection may take longer than a short lease: then no handler would begin.
         self.driver(self.record.prepare())
+        self.driver(self.record.get(SCOPE, "warm up"))
+        if self.marker is not None:
+            self.driver(self.marker.prepare())
+        self.record.verbs.clear()
+        run_sync(self.elsewhere.get(SCOPE, "warm up"))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
