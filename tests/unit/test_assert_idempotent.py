@@ -887,6 +887,7 @@ def test_a_current_event_loop_stays_that() -> None:
 def test_a_celery_task_is_judged_as_its_handler(bind: bool, options: dict[str, Any]) -> None:
     """Under the task's name, without a broker, bound or not."""
     app = Celery("shop", broker="memory://", set_as_current=False)
+    made = {"acks_late": True, "shared": False, **options}  # shared, every later app of this process would have it
     charges: list[str] = []
     scopes: set[str] = set()
 
@@ -897,14 +898,14 @@ def test_a_celery_task_is_judged_as_its_handler(bind: bool, options: dict[str, A
 
     if bind:
 
-        @app.task(name="shop.charge", bind=True, acks_late=True, **options)  # type: ignore[untyped-decorator]
+        @app.task(name="shop.charge", bind=True, **made)  # type: ignore[untyped-decorator]
         @idempotent_task(key="{order}")
         def task(self: Any, order: str) -> str:
             return work(order)
 
     else:
 
-        @app.task(name="shop.charge", acks_late=True, **options)  # type: ignore[untyped-decorator]
+        @app.task(name="shop.charge", **made)  # type: ignore[untyped-decorator]
         @idempotent_task(key="{order}")
         def task(order: str) -> str:
             return work(order)
