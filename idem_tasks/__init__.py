@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from idem_tasks.claims import Claim, Record, State, current_claim
+from idem_tasks.asking import HOLD, RERUN, Outcome
+from idem_tasks.claims import AuditEntry, Claim, DeadClaim, OutboxMessage, Record, State, current_claim
 from idem_tasks.config import configure
 from idem_tasks.decorator import IdempotentFunction, idempotency_of, idempotent_task
 from idem_tasks.errors import (
@@ -27,16 +28,19 @@ from idem_tasks.errors import (
     InProgressError,
     InvalidKeyError,
     LeaseLostError,
+    MessageError,
     MissingExtraError,
     OutcomeError,
     ParkedError,
     ReplayedFailureError,
+    StepsChangedError,
     StoreConfigurationError,
     StoreError,
     StoreUnavailableError,
 )
 from idem_tasks.events import Event, EventName, Observer, log_event
 from idem_tasks.idempotency import Idempotency
+from idem_tasks.outbox import RelayReport, Sender
 from idem_tasks.outcomes import Codec, JsonCodec, OutcomeContext
 from idem_tasks.policy import Policy
 from idem_tasks.stores import store_from_url
@@ -61,6 +65,7 @@ __all__ = [  # noqa: RUF022 - in groups, in the order in which a reader needs th
     "IdempotentFunction",
     "Policy",
     # Stores
+    "AuditEntry",
     "MemoryStore",
     "Record",
     "RedisStore",
@@ -69,10 +74,19 @@ __all__ = [  # noqa: RUF022 - in groups, in the order in which a reader needs th
     "Store",
     "TieredStore",
     "store_from_url",
+    # What is asked after a crash
+    "HOLD",
+    "RERUN",
+    "DeadClaim",
+    "Outcome",
     # Outcomes
     "Codec",
     "JsonCodec",
     "OutcomeContext",
+    # Messages
+    "OutboxMessage",
+    "RelayReport",
+    "Sender",
     # Events
     "Event",
     "EventName",
@@ -88,10 +102,12 @@ __all__ = [  # noqa: RUF022 - in groups, in the order in which a reader needs th
     "InProgressError",
     "InvalidKeyError",
     "LeaseLostError",
+    "MessageError",
     "MissingExtraError",
     "OutcomeError",
     "ParkedError",
     "ReplayedFailureError",
+    "StepsChangedError",
     "StoreConfigurationError",
     "StoreError",
     "StoreUnavailableError",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from idem_tasks.claims import ClaimRequest
 from idem_tasks.events import Announcer, EventName
 from idem_tasks.heartbeat import Heartbeat
 from idem_tasks.hosts import Host
+from idem_tasks.outbox import Relay, Senders
 from idem_tasks.outcomes import Codec, OutcomeContext
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import Runtime
+from idem_tasks.session_argument import SessionOfCall
 from idem_tasks.stores.base import Store
 
 
@@ -25,6 +27,12 @@ class Services:
     announce: Announcer
     codec: Codec
     runtime: Runtime
+    senders: Senders = field(default_factory=Senders)
+
+    @property
+    def relay(self) -> Relay:
+        """What sends the messages of recorded outcomes."""
+        return Relay(self.store, self.senders, self.announce, self.runtime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,9 @@ class Call:
     services: Services
     return_type: Callable[[], Any]
     host: Host | None = None
+    session: SessionOfCall | None = None
+    step: str | None = None
+    """The name of the step of its handler that this is about; None: the handler itself."""
 
     @property
     def policy(self) -> Policy:
@@ -44,8 +55,10 @@ class Call:
     @property
     def context(self) -> OutcomeContext:
         """What an encoded outcome is bound to."""
-        return OutcomeContext(self.request.scope, self.request.key, self.request.fingerprint)
+        return OutcomeContext(self.request.scope, self.request.key, self.request.fingerprint, self.step)
 
     def announce(self, name: EventName, **details: Any) -> None:
-        """Tell the observers what happened to this key."""
+        """Tell the observers what happened to this key, or to a step of it."""
+        if self.step is not None:
+            details["step"] = self.step
         self.services.announce(name, self.request.scope, self.request.key, **details)

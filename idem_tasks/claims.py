@@ -7,17 +7,29 @@ finishes or releases it, and the store says `Recorded`, `Released`, `Finished` (
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import os
 import socket
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal
+from hashlib import sha256
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
-from idem_tasks.errors import ConfigurationError
+import msgspec
+
+from idem_tasks.errors import ConfigurationError, StepsChangedError
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import deadline_clock
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+STEP_NAME_BYTES = 255
+"""Longest name of a step in UTF-8."""
 
 
 class State(StrEnum):
@@ -35,9 +47,61 @@ NotKept = Literal["too_large", "skipped", "not_encodable"]
 """Why a completed record has no outcome."""
 
 
+class _Content(msgspec.Struct, frozen=True):
+    """A message as it is kept: JSON whose parts are read when they are asked for."""
+
+    body: msgspec.Raw
+    headers: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+
+
+_read_content = msgspec.json.Decoder(_Content).decode
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxMessage:
+    """A message that a handler published, as it is kept until it is sent, and as its sender gets it.
+
+    `id` is the same however often it is sent: the receiver knows it by that again. `number` counts the messages of
+    one run of a handler from 0; `attempts` counts the sends that failed.
+    """
+
+    id: str
+    scope: str
+    key: str
+    fencing_token: int
+    number: int
+    to: str
+    content: bytes = field(repr=False)
+    attempts: int = 0
+
+    @property
+    def json(self) -> bytes:
+        """The body as JSON, as it is to be sent."""
+        return bytes(_read_content(self.content).body)
+
+    @property
+    def body(self) -> Any:
+        """The body as dicts, lists, texts and numbers."""
+        return msgspec.json.decode(self.json)
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        """The headers that `publish_message` was given."""
+        return _read_content(self.content).headers
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the sender, such as a routing key, that `publish_message` was given."""
+        return _read_content(self.content).options
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedOutcome:
-    """How a handler ended, as a store keeps it: a value in bytes, the reason why not, or a failure."""
+    """How a handler ended, as a store keeps it: a value in bytes, the reason why not, or a failure.
+
+    `messages` are written with it, in one transaction, and sent once it is recorded.
+    """
 
     state: Literal[State.COMPLETED, State.FAILED] = State.COMPLETED
     body: bytes | None = None
@@ -45,6 +109,7 @@ class EncodedOutcome:
     not_kept: NotKept | None = None
     error_type: str | None = None
     error_message: str | None = None
+    messages: tuple[OutboxMessage, ...] = ()
 
     def __repr__(self) -> str:
         size = "none" if self.body is None else f"{len(self.body)} bytes"
@@ -66,6 +131,12 @@ class ClaimRequest:
     policy: Policy
     holder: str = ""
     traceparent: str | None = None
+    take: int | None = 1
+    """Which of this owner's takes of the marker this is; None: nobody heard that the marker was taken."""
+
+    def again(self) -> ClaimRequest:
+        """Return the same request for another try."""
+        return replace(self, take=None if self.take is None else self.take + 1)
 
     def matches(self, fingerprint: str | None) -> bool:
         """Tell whether the arguments are the same, as far as both sides know them."""
@@ -135,9 +206,14 @@ class InProgress:
 
 @dataclass(frozen=True, slots=True)
 class InDoubt:
-    """Waits for a person to say whether its effect happened. `new`: this very claim found the dead holder."""
+    """Waits for a person to say whether its effect happened. `new`: this very claim found the dead holder.
+
+    `dead` is that holder's claim, by which `Store.decide` knows the record again; only with `new`, and None where a
+    store cannot decide: then no function is asked. Its request is the asker's, but for the owner.
+    """
 
     new: bool = False
+    dead: Lease | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +248,40 @@ class Lost:
     """The claim is somebody else's now, and no outcome is recorded yet."""
 
 
+# What beginning a step is answered with; both beginning and finishing one may also be answered `Lost`.
+
+
+@dataclass(frozen=True, slots=True)
+class StepBegun:
+    """Run it: no outcome of it is recorded yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished:
+    """This outcome of it is recorded, by an earlier attempt or by an earlier try of the same write."""
+
+    outcome: EncodedOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class StepsDiffer:
+    """Another step was begun at this position by an earlier attempt; `names` are those of all its steps."""
+
+    names: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Release:
     """How a claim is given up without an outcome.
 
     `failed` counts a handler's failure, which parks the record once `max_attempts` is reached; a shutdown or
     Celery's own Retry does not count. `in_doubt` leaves it for a person, because its effect may have happened.
+    `parked`: its steps are others than at an earlier attempt; asked only of a store that keeps a journal of them.
     """
 
     failed: bool = False
     in_doubt: bool = False
+    parked: bool = False
     error_type: str | None = None
     error_message: str | None = None
 
@@ -221,16 +321,117 @@ class Record:
         )
 
 
+Action = Literal["resolve", "fail", "rerun", "forget", "answer"]
+"""What a person does with a record; `answer` is what a function given as `on_crash` does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEntry:
+    """What a person, or a function given as `on_crash`, did to a record; `at` is by the store's clock.
+
+    None as `state_after` and `token_after`: the record is gone. None as `state_before` and `token_before`: it was done
+    by an earlier try, whose reply was lost.
+    """
+
+    at: datetime
+    actor: str
+    action: Action
+    scope: str
+    key: str
+    state_before: State | None
+    state_after: State | None
+    token_before: int | None
+    token_after: int | None
+    reason: str | None
+
+    def details(self) -> dict[str, object]:
+        """Return all but where and when, as the details of an event."""
+        return {
+            "action": self.action,
+            "actor": self.actor,
+            "reason": self.reason,
+            "state_before": None if self.state_before is None else self.state_before.value,
+            "state_after": None if self.state_after is None else self.state_after.value,
+            "token_before": self.token_before,
+            "token_after": self.token_after,
+        }
+
+
+def action_of(outcome: EncodedOutcome | None) -> Action:
+    """Name what `Store.resolve` does with this."""
+    if outcome is None:
+        return "rerun"
+    return "fail" if outcome.state is State.FAILED else "resolve"
+
+
+class StepTaker(Protocol):
+    """What runs a handler's steps; see `idem_tasks.steps`."""
+
+    @property
+    def running(self) -> str | None:
+        """The name of the step that runs now."""
+
+    def take(
+        self, claim: Claim, name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Return the step's value, or what an asyncio handler awaits for it."""
+
+
+class Outgoing(Protocol):
+    """Where the messages of one claim wait for its outcome, in the order in which they were published."""
+
+    def add_task(self, task: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """Keep a framework's task or signature; returns its message's id."""
+        ...
+
+    def add_message(self, body: Any, to: str, headers: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+        """Keep a message for a sender; returns its id."""
+        ...
+
+    def close(self) -> tuple[OutboxMessage, ...]:
+        """Refuse every further message, and return those there are."""
+        ...
+
+    def drop(self) -> None:
+        """Forget all messages, and take others again."""
+        ...
+
+
 class Claim:
     """A granted claim as its handler sees it; `current_claim()` returns it."""
 
-    __slots__ = ("_gone", "_pid", "deadline", "held_since", "lease", "renew_at")
+    __slots__ = (
+        "_finish_in",
+        "_gone",
+        "_outgoing",
+        "_pid",
+        "deadline",
+        "ending",
+        "held_since",
+        "lease",
+        "parked_by",
+        "renew_at",
+        "steps",
+        "transaction",
+        "written",
+    )
 
-    def __init__(self, lease: Lease, *, asked_at: float) -> None:
+    def __init__(self, lease: Lease, steps: StepTaker, *, asked_at: float, outgoing: Outgoing | None = None) -> None:
         """`asked_at` is `deadline_clock()` before the claim was sent: its lease cannot have begun earlier."""
         self.lease = lease
+        self._outgoing = outgoing
         self.held_since = asked_at
+        self.ending: Recorded | Released | Finished | Lost | None = None
+        """How the record was left, once that is known; from then on nothing is recorded or released any more."""
+        self.written: tuple[Any, EncodedOutcome] | None = None
+        """What `finish_in` wrote last in a transaction of the user's: the value, and how it was encoded."""
+        self._finish_in: Callable[[Any, Any], None] | None = None
+        self.parked_by: StepsChangedError | None = None
+        """Why a step of it parked the record."""
+        self.steps = steps
         self._gone = False
+        self.transaction: Any = None
+        """That of `session=`, while the handler runs in it."""
         self._pid = os.getpid()
         self.extend(asked_at)
 
@@ -260,7 +461,45 @@ class Claim:
         Not so while the library is disabled, in shadow, or runs without its store; nor in a child that was forked
         within the handler, where the claim is still the parent's.
         """
-        return self.lease.fencing_token > 0 and self._pid == os.getpid()
+        return self.lease.fencing_token > 0 and self.is_here
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process in which the handler was called, and no child that it forked."""
+        return self._pid == os.getpid()
+
+    @property
+    def session(self) -> Any:
+        """The session whose commit records the outcome; `ConfigurationError` without `session=`, and in a step."""
+        if self.transaction is None:
+            raise ConfigurationError(
+                f"{self.scope} has no session: give one to its decorator, idempotent_task(..., session=sessionmaker)"
+            )
+        if self.step_running is not None:
+            raise ConfigurationError(
+                f"step {self.step_running!r} must not use the session: what it writes would be missing where the step "
+                "is replayed, because its outcome is committed apart from the session; write it outside of the step"
+            )
+        return self.transaction.session
+
+    def finish_in(self, connection: Any, value: Any = None) -> None:
+        """Write the outcome through a database connection of yours, within your own transaction, which you commit.
+
+        For those without SQLAlchemy: a connection of psycopg, sqlite3, PyMySQL or mysqlclient, or Django's
+        `django.db.connection`, to the database of the records. Call it last in the transaction; `value` is then the
+        outcome, whatever the handler returns. Blocking only: there is no form of it that is awaited.
+
+        Raises `LeaseLostError` if the claim was taken over, so that the transaction is rolled back;
+        `ConfigurationError` for a connection in autocommit or of another kind. A handler that ends without a commit
+        of what was written here fails with `ConfigurationError`. Where nothing is recorded (disabled, in shadow) it
+        does nothing.
+        """
+        if self._finish_in is not None:
+            self._finish_in(connection, value)
+
+    def finishes_by(self, finish_in: Callable[[Any, Any], None]) -> None:
+        """Let `finish_in` do this."""
+        self._finish_in = finish_in
 
     @property
     def fencing_token(self) -> int:
@@ -290,8 +529,145 @@ class Claim:
         """
         return self._gone or deadline_clock() > self.deadline
 
+    def provider_key(self, step: str) -> str:
+        """Return an idempotency key for a provider, to send with this step's request: `idem-` and 32 hex digits.
+
+        The same at every attempt of this key, and another one for every other step, key and scope, and once the
+        record's retention is over. So the provider does the same request once, for as long as it remembers the key
+        (Stripe: 24 hours or more) and the body is identical. An empty step is a `ConfigurationError`.
+        """
+        return _provider_key(self.lease, step)
+
+    def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `fn(*args, **kwargs)` as a step of the handler, and return its value; a later attempt gets that again.
+
+        In an `async def` handler await it; `fn` may be a coroutine function or a plain one. The outcome is recorded
+        once, `fn` itself runs at least once: a crash between its effect and its record runs it again, unless
+        `on_crash` forbids that. Give a provider `provider_key(name)`.
+
+        A handler begins the same steps in the same order each time, one after another. Raises what `fn` raises, and
+        nothing of that is recorded; `StepsChangedError` where an earlier attempt did another step here;
+        `LeaseLostError` and `StoreUnavailableError`, to let through, so that the message comes again; `OutcomeError`
+        where the outcome of an earlier attempt was not kept; `ConfigurationError` before anything ran.
+        """
+        value: T = self.steps.take(self, name, fn, args, kwargs)
+        return value
+
+    @property
+    def step_running(self) -> str | None:
+        """The name of the step that runs now."""
+        return self.steps.running
+
+    def publish(self, task: Any, /, *args: Any, **kwargs: Any) -> str:
+        """Send this Celery task once the outcome is recorded, and never if it is not; returns the id of the task.
+
+        A task is called with `args` and `kwargs`; a signature, chain, group or chord is taken as it is. It is kept
+        with the outcome, in one transaction, and sent at least once, always with the same id; in the order of all
+        messages of this key. Raises `ConfigurationError` where there is no outbox (records in Redis), after the
+        handler's end, and for what is no task; `MessageError` for arguments that cannot be kept as JSON.
+        """
+        return self._open_outgoing().add_task(task, args, kwargs)
+
+    def publish_message(self, body: Any, *, to: str, headers: Mapping[str, Any] | None = None, **options: Any) -> str:
+        """Send this message once the outcome is recorded, and never if it is not; returns its id.
+
+        `to` names one of the `senders` of the `Idempotency`; `options` are what that one understands, such as
+        `routing_key`. `body` is anything that msgspec writes as JSON. The same is promised and raised as by `publish`.
+        """
+        return self._open_outgoing().add_message(body, to, headers or {}, options)
+
+    def _open_outgoing(self) -> Outgoing:
+        if self._outgoing is None or not self.is_here:
+            raise ConfigurationError("a process that was forked within a handler publishes nothing under its claim")
+        if self.step_running is not None:
+            raise ConfigurationError(
+                f"step {self.step_running!r} must not publish: the message would be missing where it is replayed; "
+                "publish it outside of the step"
+            )
+        return self._outgoing
+
+    def drop_outgoing(self) -> None:
+        """Forget what was published: all that the handler did is undone, and it runs again."""
+        if self._outgoing is not None:
+            self._outgoing.drop()
+
+    def close_outgoing(self) -> tuple[OutboxMessage, ...]:
+        """Return what was published, to be kept with the outcome; from now on nothing is any more."""
+        # In a child that was forked within the handler the messages are the parent's.
+        return () if self._outgoing is None or not self.is_here else self._outgoing.close()
+
     def __repr__(self) -> str:
         return f"<Claim {self.scope} {self.key!r} fencing token {self.fencing_token}, attempt {self.attempt}>"
+
+
+def _provider_key(lease: Lease, step: str) -> str:
+    # Without a usable key (in shadow, say) nothing is known to be the same: then it is new for every delivery.
+    parts = (lease.scope, lease.key or lease.owner, str(lease.generation), step_name(step))
+    digest = sha256()
+    for part in parts:
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(4) + encoded)  # with its length, so that "a", "bc" is not "ab", "c"
+    return f"idem-{digest.hexdigest()[:32]}"
+
+
+def step_name(name: object) -> str:
+    """Return the name of a step; raises `ConfigurationError` for one that a database cannot keep as it is."""
+    if isinstance(name, str) and "\0" not in name:
+        with contextlib.suppress(UnicodeEncodeError):
+            if 0 < len(name.encode()) <= STEP_NAME_BYTES:
+                return name
+    raise ConfigurationError(
+        f"a step is named by a text of 1 to {STEP_NAME_BYTES} bytes without NUL, such as 'charge', not {name!r:.99}"
+    )
+
+
+class DeadClaim:
+    """The claim of a holder that died or was paused past its lease, as a function given as `on_crash` sees it.
+
+    The function only looks: it renews, records and releases nothing. Whether the holder is dead nobody can know.
+    """
+
+    __slots__ = ("_lease",)
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+
+    @property
+    def scope(self) -> str:
+        """The scope of the record."""
+        return self._lease.scope
+
+    @property
+    def key(self) -> str:
+        """The idempotency key of the record."""
+        return self._lease.key
+
+    @property
+    def fencing_token(self) -> int:
+        """That of the dead claim."""
+        return self._lease.fencing_token
+
+    @property
+    def attempt(self) -> int:
+        """How many claims were granted for this key, the dead one included."""
+        return self._lease.attempts
+
+    @property
+    def crashes(self) -> int:
+        """How often a holder of this key died or was paused past its lease, this time included."""
+        return self._lease.crashes
+
+    @property
+    def taken_over(self) -> bool:
+        """True: its holder did not end it."""
+        return True
+
+    def provider_key(self, step: str) -> str:
+        """Return the idempotency key that the dead claim gave its provider for this step, to look it up there."""
+        return _provider_key(self._lease, step)
+
+    def __repr__(self) -> str:
+        return f"<DeadClaim {self.scope} {self.key!r} fencing token {self.fencing_token}, attempt {self.attempt}>"
 
 
 _current: ContextVar[Claim | None] = ContextVar("idem_tasks_current_claim", default=None)
@@ -329,6 +705,15 @@ def new_owner() -> str:
 def process_name() -> str:
     """Return `host:pid`, for people who look for the process that holds a claim."""
     return f"{_HOST}:{os.getpid()}"
+
+
+def person_name() -> str:
+    """Return `user@host`, for who did something on this machine without saying who it was."""
+    try:
+        user = getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        user = str(os.getuid())  # of a container, say, whose user has no name
+    return f"{user}@{_HOST}"
 
 
 _HOST = socket.gethostname()[:64]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -14,6 +14,7 @@ from idem_tasks.policy import Policy, PolicyFields
 if TYPE_CHECKING:
     from idem_tasks.events import Observer
     from idem_tasks.idempotency import Idempotency
+    from idem_tasks.outbox import Sender
     from idem_tasks.outcomes import Codec
     from idem_tasks.stores.base import Store
 
@@ -43,6 +44,7 @@ def configure(
     policy: Policy | None = None,
     codec: Codec | None = None,
     observers: Sequence[Observer] | None = None,
+    senders: Mapping[str, Sender] | None = None,
     **fields: Unpack[PolicyFields],
 ) -> Idempotency:
     """Make the `Idempotency` that every decorated handler of this process uses unless it was given its own.
@@ -55,7 +57,7 @@ def configure(
     from idem_tasks.idempotency import Idempotency
 
     chosen = (policy or Policy()).replace(**fields)
-    options: dict[str, Any] = {"policy": chosen, "codec": codec, "observers": observers}
+    options: dict[str, Any] = {"policy": chosen, "codec": codec, "observers": observers, "senders": senders}
     if store is not None:
         if database_url or redis_url or create_schema is not None:
             raise ConfigurationError("configure takes either store= or URLs, not both")

@@ -18,6 +18,7 @@ from idem_tasks.keys import CallKey, KeyPlan
 from idem_tasks.outcomes import ReturnType
 from idem_tasks.policy import Policy, PolicyFields
 from idem_tasks.runtime import HandlerStopIteration, run_sync
+from idem_tasks.session_argument import SessionArgument
 from idem_tasks.stores.base import RuntimeName
 from idem_tasks.task import perform
 
@@ -34,6 +35,7 @@ def idempotent_task(
     scope: str | Callable[..., object] | None = None,
     fingerprint: str | Sequence[str] | Callable[..., object] | None = "arguments",
     idempotency: Idempotency | None = None,
+    session: Any = None,
     policy: Policy | None = None,
     **fields: Unpack[PolicyFields],
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -44,23 +46,33 @@ def idempotent_task(
     yourself and the function may be renamed. `fingerprint` says which arguments must be the same whenever the key
     is. `idempotency` defaults to what `configure` made. All other keywords are fields of `Policy`.
 
+    `session` is a `sessionmaker`, `async_sessionmaker` or scoped session of SQLAlchemy, or a callable that returns a
+    session: what the handler writes through it and its outcome are one transaction, which this commits. The handler
+    gets it as its parameter `session`, if it has one and its caller did not fill it, and as `current_claim().session`.
+    It may run again within one call, after a deadlock that undid all it wrote.
+
     With Celery it goes under `@app.task`. Raises `ConfigurationError` at decoration for whatever can be known then.
     """
-    (policy or Policy()).replace(**fields)  # so that a wrong field is an error here, not at the first call
+    known = (policy or Policy()).replace(**fields)  # so that a wrong field is an error here, not at the first call
 
     def decorate(handler: Callable[P, R]) -> Callable[P, R]:
         hosts.refuse_wrong_order(handler)
         asynchronous = _is_asynchronous(handler)
         runtime: RuntimeName = "asyncio" if asynchronous else "blocking"
+        known.check_runtime(asynchronous=asynchronous)
         if idempotency is not None:
             idempotency.check_runtime(runtime)
-            if (policy or idempotency.policy).replace(**fields).on_duplicate != "skip":
+            own = (policy or idempotency.policy).replace(**fields)
+            own.check_runtime(asynchronous=asynchronous)
+            if own.on_duplicate != "skip":
                 idempotency.codec.check(ReturnType(handler).early())
-        plan = KeyPlan(handler, key=key, scope=scope, fingerprint=fingerprint)
-        task = IdempotentFunction(handler, plan, runtime, idempotency, policy, fields)
+        argument = None if session is None else SessionArgument(handler, session, runtime)
+        signature = None if argument is None else argument.signature
+        plan = KeyPlan(handler, key=key, scope=scope, fingerprint=fingerprint, signature=signature)
+        task = IdempotentFunction(handler, plan, runtime, idempotency, policy, fields, argument)
         wrapper: Any = _asyncio_wrapper(task) if asynchronous else _blocking_wrapper(task)
         # Celery reads the parameters to check a call before it is published; `wraps` alone would show it (*args).
-        wrapper.__signature__ = inspect.signature(handler)
+        wrapper.__signature__ = inspect.signature(handler) if argument is None else argument.shown
         wrapper.idempotency = task
         return cast(Callable[P, R], wrapper)
 
@@ -153,6 +165,7 @@ class IdempotentFunction:
         idempotency: Idempotency | None,
         policy: Policy | None,
         fields: Mapping[str, Any],
+        session: SessionArgument | None = None,
     ) -> None:
         self.function = function
         """The bare handler, without any protection."""
@@ -161,6 +174,7 @@ class IdempotentFunction:
         self._idempotency = idempotency
         self._policy = policy
         self._fields = fields
+        self._session = session
         self._return_type = ReturnType(function)
         self._resolved: tuple[Idempotency, Policy] | None = None
 
@@ -184,6 +198,7 @@ class IdempotentFunction:
         resolved = self._resolved
         if resolved is None or resolved[0] is not idempotency:
             policy = (self._policy or idempotency.policy).replace(**self._fields).in_force()
+            policy.check_runtime(asynchronous=self.asynchronous)
             if policy.on_duplicate != "skip" and policy.active:
                 idempotency.codec.check(self._return_type.resolve())
             resolved = self._resolved = (idempotency, policy)
@@ -196,8 +211,9 @@ class IdempotentFunction:
         if host is not None:
             scope, framework_argument = host.scope, host.framework_argument
             holder = f"{holder} {host.message}"
+        session = None if self._session is None else self._session.of(args, kwargs)
         try:
-            made = self._plan.of(args, kwargs, default_scope=scope, framework_argument=framework_argument)
+            made = self._key(args, kwargs, default_scope=scope, framework_argument=framework_argument)
         except Exception:
             # Turned off, or in shadow, nothing of ours may keep the handler from running.
             if policy.active and not policy.shadow:
@@ -211,7 +227,7 @@ class IdempotentFunction:
             policy=policy,
             holder=holder,
         )
-        return Call(request, idempotency.services(self._runtime), self._return_type.resolve, host)
+        return Call(request, idempotency.services(self._runtime), self._return_type.resolve, host, session)
 
     def key_for(self, *args: Any, **kwargs: Any) -> str:
         """Return the idempotency key that a call with these arguments has."""
@@ -231,8 +247,10 @@ class IdempotentFunction:
         made = self._key(args, kwargs)
         return self.idempotency.forget(made.scope, made.key)
 
-    def _key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallKey:
-        return self._plan.of(args, kwargs)
+    def _key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], **options: Any) -> CallKey:
+        if self._session is not None:
+            args, kwargs = self._session.without(args, kwargs)
+        return self._plan.of(args, kwargs, **options)
 
     def of_task(self, name: str, *, bound: bool) -> IdempotentFunction:
         """Return the same for the framework's task of this name; `bound`: its handler gets the task itself first."""
@@ -247,9 +265,9 @@ class _OfTask(IdempotentFunction):
         self._name = name
         self._bound = bound
 
-    def _key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallKey:
+    def _key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], **options: Any) -> CallKey:
         own = (None, *args) if self._bound else args
-        return self._plan.of(own, kwargs, default_scope=self._name, framework_argument=self._bound)
+        return super()._key(own, kwargs, default_scope=self._name, framework_argument=self._bound)
 
 
 def idempotency_of(task: Any) -> IdempotentFunction:

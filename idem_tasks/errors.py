@@ -13,6 +13,8 @@
     │   └── LeaseLostError                   this claim was taken over while its handler ran
     ├── InDoubtError                         a person has to say whether the effect happened
     ├── ParkedError                          too many crashes or failures; a person has to look
+    │   └── StepsChangedError                other steps than at an earlier attempt of the same key
+    ├── MessageError (ValueError)            a message that cannot be kept in the outbox; nothing was published
     ├── OutcomeError                         an outcome that cannot be encoded, decoded or was not kept
     ├── ReplayedFailureError                 the recorded failure of an earlier delivery
     └── StoreError                           Redis or SQL answered with an error; retry
@@ -123,7 +125,7 @@ class LeaseLostError(ConflictError):
 
 
 class InDoubtError(IdemTasksError):
-    """A handler died or failed in mid-run under on_crash="hold": whether its effect happened is unknown."""
+    """A handler died or failed in mid-run, and nobody knows yet whether its effect happened (`on_crash`)."""
 
     def __init__(self, message: str | None = None, *, scope: str = "", key: str = "") -> None:
         self.scope = scope
@@ -131,7 +133,7 @@ class InDoubtError(IdemTasksError):
         super().__init__(
             message
             or f"{scope} {key!r} is in doubt: an earlier delivery ended in mid-run, so it is not run again; "
-            "find out whether its effect happened, then call Idempotency.resolve(scope, key, outcome=... or rerun=True)"
+            "find out whether its effect happened, then run idem-tasks resolve, or call Idempotency.resolve"
         )
 
 
@@ -148,8 +150,43 @@ class ParkedError(IdemTasksError):
         super().__init__(
             message
             or f"{scope} {key!r} is parked after {crashes} crashes and {failures} failures; "
-            "when the cause is mended, call Idempotency.resolve(scope, key, rerun=True)"
+            "when the cause is mended, run idem-tasks resolve --rerun, or call Idempotency.resolve"
         )
+
+
+class StepsChangedError(ParkedError):
+    """A handler began another step than an earlier attempt of the same key did at that place; the step did not run.
+
+    `earlier` are the names of that attempt's steps, `now` those begun by this one, the refused one last. The record
+    is parked. Where the handler's code was changed, `forget` the record to begin all its steps again.
+    """
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        scope: str = "",
+        key: str = "",
+        crashes: int = 0,
+        failures: int = 0,
+        earlier: Sequence[str] = (),
+        now: Sequence[str] = (),
+    ) -> None:
+        self.earlier = tuple(earlier)
+        self.now = tuple(now)
+        super().__init__(
+            message
+            or f"{scope} {key!r} is parked: its steps were {', '.join(self.earlier)} at an earlier attempt "
+            f"and are {', '.join(self.now)} now; a handler begins the same steps in the same order each time",
+            scope=scope,
+            key=key,
+            crashes=crashes,
+            failures=failures,
+        )
+
+
+class MessageError(IdemTasksError, ValueError):
+    """A message that a handler published cannot be written as JSON; nothing was published, and nothing is recorded."""
 
 
 class OutcomeError(IdemTasksError):

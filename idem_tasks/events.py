@@ -24,6 +24,7 @@ class EventName(StrEnum):
     FAILED = "failed"
     RELEASED = "released"
     IN_DOUBT = "in_doubt"
+    ANSWERED = "answered"
     PARKED = "parked"
     SUPERSEDED = "superseded"
     LEASE_LOST = "lease_lost"
@@ -38,6 +39,10 @@ class EventName(StrEnum):
     SHADOW_DUPLICATE = "shadow_duplicate"
     RELEASE_FAILED = "release_failed"
     PUT_BACK = "put_back"
+    RESOLVED = "resolved"
+    FORGOTTEN = "forgotten"
+    OUTBOX_SENT = "outbox_sent"
+    OUTBOX_FAILED = "outbox_failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ _LEVELS: dict[EventName, int] = {
     EventName.MISMATCHED: logging.WARNING,
     EventName.TAKEN_OVER: logging.WARNING,
     EventName.IN_DOUBT: logging.WARNING,
+    EventName.ANSWERED: logging.WARNING,
     EventName.PARKED: logging.ERROR,
     EventName.SUPERSEDED: logging.ERROR,
     EventName.LEASE_LOST: logging.ERROR,
@@ -71,6 +77,9 @@ _LEVELS: dict[EventName, int] = {
     EventName.SHADOW_DUPLICATE: logging.INFO,
     EventName.RELEASE_FAILED: logging.ERROR,
     EventName.PUT_BACK: logging.INFO,
+    EventName.RESOLVED: logging.WARNING,
+    EventName.FORGOTTEN: logging.WARNING,
+    EventName.OUTBOX_FAILED: logging.WARNING,
 }
 _OFTEN = 10
 """Times that a message was put back from which on somebody should look."""

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
+import math
 import os
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from idem_tasks import config
+from idem_tasks.asking import failure_of
 from idem_tasks.block import AsyncClaimBlock, ClaimBlock
 from idem_tasks.call import Call, Services
-from idem_tasks.claims import ClaimRequest, EncodedOutcome, Record, State, new_owner, process_name
+from idem_tasks.claims import (
+    AuditEntry,
+    ClaimRequest,
+    EncodedOutcome,
+    Record,
+    State,
+    new_owner,
+    person_name,
+    process_name,
+)
 from idem_tasks.errors import ConfigurationError, InvalidKeyError
-from idem_tasks.events import Announcer, Observer, log_event
+from idem_tasks.events import Announcer, EventName, Observer, log_event
 from idem_tasks.heartbeat import Heartbeat, LoopHeartbeat, ThreadHeartbeat
 from idem_tasks.keys import CallKey, check_key, check_scope, fingerprint_of
-from idem_tasks.outcomes import UNANNOTATED, Codec, JsonCodec, OutcomeContext, ReturnType
+from idem_tasks.outbox import RelayReport, Sender, Senders
+from idem_tasks.outcomes import UNANNOTATED, Codec, JsonCodec, OutcomeContext, return_type_of
 from idem_tasks.policy import Policy, PolicyFields
 from idem_tasks.runtime import Asyncio, Blocking, HandlerStopIteration, run_sync
 from idem_tasks.stores import store_from_urls
@@ -58,12 +69,18 @@ class Idempotency:
         policy: Policy | None = None,
         codec: Codec | None = None,
         observers: Sequence[Observer] | None = None,
+        senders: Mapping[str, Sender] | None = None,
     ) -> None:
-        """`observers` hear of every event; the default logs them, and a list given here replaces it."""
+        """`observers` hear of every event; the default logs them, and a list given here replaces it.
+
+        `senders` are where `claim.publish_message(..., to=NAME)` sends to, by name: functions of an `OutboxMessage`,
+        which raise if they could not send it.
+        """
         self.store = store
         self.policy = policy or Policy()
         self.codec: Codec = codec or JsonCodec()
         self._announce = Announcer((log_event,) if observers is None else observers)
+        self._senders = Senders(senders)
         self._lock = threading.Lock()
         _made.add(self)
         self._blocking: Services | None = None
@@ -79,6 +96,7 @@ class Idempotency:
         policy: Policy | None = None,
         codec: Codec | None = None,
         observers: Sequence[Observer] | None = None,
+        senders: Mapping[str, Sender] | None = None,
         **fields: Unpack[PolicyFields],
     ) -> Self:
         """Make one from URLs: both for the two tiers, or one alone.
@@ -92,7 +110,8 @@ class Idempotency:
             if database_url is None and redis_url is None:
                 database_url = config.DEFAULT_DATABASE_URL
         store = store_from_urls(database_url, redis_url, create_schema=create_schema)
-        return cls(store=store, policy=(policy or Policy()).replace(**fields), codec=codec, observers=observers)
+        chosen = (policy or Policy()).replace(**fields)
+        return cls(store=store, policy=chosen, codec=codec, observers=observers, senders=senders)
 
     # Handlers
 
@@ -151,7 +170,7 @@ class Idempotency:
         for a handler. A block that raises before `complete` releases the claim; one that ends without `complete`
         is completed with None.
         """
-        request = self._request(scope, key, fingerprint, self._policy(policy, fields))
+        request = self._request(scope, key, fingerprint, self._policy(policy, fields), "blocking")
         return ClaimBlock(lambda: Call(request, self.services("blocking"), lambda: outcome_type))
 
     def aclaim(
@@ -165,7 +184,7 @@ class Idempotency:
         **fields: Unpack[PolicyFields],
     ) -> AsyncClaimBlock:
         """Claim a key for an `async with` block; `await claim.complete(value)`. See `claim`."""
-        request = self._request(scope, key, fingerprint, self._policy(policy, fields))
+        request = self._request(scope, key, fingerprint, self._policy(policy, fields), "asyncio")
         return AsyncClaimBlock(lambda: Call(request, self.services("asyncio"), lambda: outcome_type))
 
     # For people
@@ -174,31 +193,76 @@ class Idempotency:
         """Return the record, or None."""
         return run_sync(self._store().get(check_scope(scope, stored=True), check_key(key, stored=True)))
 
-    def forget(self, scope: str, key: object) -> bool:
+    def forget(
+        self,
+        scope: str,
+        key: object,
+        *,
+        expect_token: int | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> bool:
         """Delete a record and its marker, so that the next delivery runs; returns whether there was one.
 
-        Raises `InProgressError` while it runs.
+        Raises `InProgressError` while it runs; `ConflictError` if it has another fencing token than `expect_token`,
+        so that what you saw is what you delete. `reason` and `actor` (`user@host`) go to the audit.
         """
-        return run_sync(self._store().forget(check_scope(scope, stored=True), check_key(key, stored=True)))
+        return run_sync(self._forget(self._store(), scope, key, expect_token, reason, actor))
 
-    def resolve(self, scope: str, key: object, *, outcome: Any = _UNKNOWN, rerun: bool = False) -> Record | None:
-        """End a record that is in doubt, parked or overdue: with this outcome, or (`rerun`) by letting it run again.
+    def resolve(
+        self,
+        scope: str,
+        key: object,
+        *,
+        outcome: Any = _UNKNOWN,
+        rerun: bool = False,
+        error: Exception | str | None = None,
+        expect_token: int | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Record | None:
+        """End a record that is in doubt, parked or overdue: with an outcome, with a final failure, or by a rerun.
 
-        `rerun=True` gives up "at most once" for this key, and sends nothing: the message was acknowledged, so send
-        it again. Returns the record as it is then, or None if there is none. Raises `InProgressError` while it
-        runs, `ConflictError` if it has ended, `OutcomeError` for an outcome that cannot be encoded.
+        `error` is an exception, or `"type: message"`, as `record_failures` would have recorded it. `rerun=True` gives
+        up "at most once" for this key, and sends nothing: the message was acknowledged, so send it again.
+
+        Returns the record as it is then, or None if there is none. Raises `InProgressError` while it runs,
+        `ConflictError` if it has ended, or has another fencing token than `expect_token`: give that of the record
+        that you looked at, so that a late answer does not end a later doubt. `OutcomeError` for an outcome that
+        cannot be encoded. `reason` and `actor` (`user@host`) go to the audit.
         """
-        return run_sync(self._resolve(self._store(), scope, key, outcome, rerun))
+        return run_sync(self._resolve(self._store(), scope, key, outcome, rerun, error, expect_token, reason, actor))
 
-    def records(self, *, state: State | str | None = None, scope: str | None = None) -> Iterator[Record]:
-        """Yield records in the order of scope and key, read in pages; those in `state` and `scope` if given."""
+    def audit(self, scope: str | None = None, key: object = None, *, limit: int = 100) -> list[AuditEntry]:
+        """Return what people and functions did to records, the last first: to all, or to those of a scope, or to one.
+
+        Raises `ConfigurationError` for records in Redis, which keeps no audit; the events tell the same.
+        """
+        return run_sync(self._audit(self._store(), scope, key, limit))
+
+    def records(
+        self,
+        *,
+        state: State | str | None = None,
+        scope: str | None = None,
+        attention: bool = False,
+        after: tuple[str, str] | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Record]:
+        """Yield records in the order of scope and key, read in pages; those in `state` and `scope` if given.
+
+        `attention`: only those that a person should look at, in doubt, parked or failed. `after`: only those after
+        this scope and key. `limit`: so many at most.
+        """
         wanted = None if state is None else _state(state)
-        store, after = self._store(), None
-        while True:
-            page = run_sync(store.records(state=wanted, scope=scope, after=after, limit=_PAGE))
+        store, left = self._store(), math.inf if limit is None else limit
+        while left > 0:
+            size = int(min(left, _PAGE))
+            page = run_sync(store.records(state=wanted, scope=scope, after=after, limit=size, attention=attention))
             yield from page
-            if len(page) < _PAGE:
+            if len(page) < size:
                 return
+            left -= size
             after = (page[-1].scope, page[-1].key)
 
     def stats(self) -> dict[State, int]:
@@ -219,6 +283,15 @@ class Idempotency:
             purged += deleted
             if deleted < batch:
                 return purged
+
+    def relay(self, limit: int = 100, *, should_stop: Callable[[], bool] = lambda: False) -> RelayReport:
+        """Send up to `limit` messages that handlers published and nobody has sent yet; see `docs/how-to/outbox.md`.
+
+        Returns how many were sent, how many could not be (they are tried again later), and how many are left. It
+        ends early, between two messages, once `should_stop()` is true. Any number of relays may run at once. Raises
+        `StoreError`, and `ConfigurationError` where the records are not in SQL.
+        """
+        return run_sync(self.services("blocking").relay.run(limit, should_stop))
 
     def prepare(self) -> None:
         """Make the store's tables, or check that it can be used; what `idem-tasks init-db` does."""
@@ -246,13 +319,40 @@ class Idempotency:
         """As `get`."""
         return await self._astore().get(check_scope(scope, stored=True), check_key(key, stored=True))
 
-    async def aforget(self, scope: str, key: object) -> bool:
+    async def aforget(
+        self,
+        scope: str,
+        key: object,
+        *,
+        expect_token: int | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> bool:
         """As `forget`."""
-        return await self._astore().forget(check_scope(scope, stored=True), check_key(key, stored=True))
+        return await self._forget(self._astore(), scope, key, expect_token, reason, actor)
 
-    async def aresolve(self, scope: str, key: object, *, outcome: Any = _UNKNOWN, rerun: bool = False) -> Record | None:
+    async def aresolve(
+        self,
+        scope: str,
+        key: object,
+        *,
+        outcome: Any = _UNKNOWN,
+        rerun: bool = False,
+        error: Exception | str | None = None,
+        expect_token: int | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Record | None:
         """As `resolve`."""
-        return await self._resolve(self._astore(), scope, key, outcome, rerun)
+        return await self._resolve(self._astore(), scope, key, outcome, rerun, error, expect_token, reason, actor)
+
+    async def aaudit(self, scope: str | None = None, key: object = None, *, limit: int = 100) -> list[AuditEntry]:
+        """As `audit`."""
+        return await self._audit(self._astore(), scope, key, limit)
+
+    async def arelay(self, limit: int = 100, *, should_stop: Callable[[], bool] = lambda: False) -> RelayReport:
+        """As `relay`; senders run in threads."""
+        return await self.services("asyncio").relay.run(limit, should_stop)
 
     async def aclose(self) -> None:
         """As `close`, for the running event loop's connections."""
@@ -297,7 +397,7 @@ class Idempotency:
         self.check_runtime(runtime)
         store = self.store.on(runtime, self._announce)
         world = Blocking() if runtime == "blocking" else Asyncio()
-        return Services(store, heartbeat(store, self._announce), self._announce, self.codec, world)
+        return Services(store, heartbeat(store, self._announce), self._announce, self.codec, world, self._senders)
 
     def _store(self) -> Store:
         return self.services("blocking").store
@@ -320,10 +420,11 @@ class Idempotency:
         runtime: RuntimeName,
     ) -> Call:
         data = [list(args), kwargs] if fingerprint is _ARGUMENTS else fingerprint
-        request = self._request(scope, key, data, (policy or self.policy).in_force())
-        return Call(request, self.services(runtime), _return_type(handler))
+        request = self._request(scope, key, data, (policy or self.policy).in_force(), runtime)
+        return Call(request, self.services(runtime), return_type_of(handler))
 
-    def _request(self, scope: str, key: object, fingerprint: Any, policy: Policy) -> ClaimRequest:
+    def _request(self, scope: str, key: object, fingerprint: Any, policy: Policy, runtime: RuntimeName) -> ClaimRequest:
+        policy.check_runtime(asynchronous=runtime == "asyncio")
         try:
             made = CallKey(
                 check_scope(scope), check_key(key), None if fingerprint is None else fingerprint_of(fingerprint)
@@ -342,15 +443,58 @@ class Idempotency:
             holder=process_name(),
         )
 
-    async def _resolve(self, store: Store, scope: str, key: object, outcome: Any, rerun: bool) -> Record | None:
-        if rerun == (outcome is not _UNKNOWN):
-            raise ConfigurationError("resolve takes either outcome=... or rerun=True")
+    async def _forget(
+        self, store: Store, scope: str, key: object, expect_token: int | None, reason: str | None, actor: str | None
+    ) -> bool:
+        done = await store.forget(
+            check_scope(scope, stored=True),
+            check_key(key, stored=True),
+            expect_token=expect_token,
+            actor=actor or person_name(),
+            reason=reason,
+        )
+        if done is not None:
+            self._announce(EventName.FORGOTTEN, done.scope, done.key, **done.details())
+        return done is not None
+
+    async def _resolve(
+        self,
+        store: Store,
+        scope: str,
+        key: object,
+        outcome: Any,
+        rerun: bool,
+        error: Exception | str | None,
+        expect_token: int | None,
+        reason: str | None,
+        actor: str | None,
+    ) -> Record | None:
+        if [rerun, outcome is not _UNKNOWN, error is not None].count(True) != 1:
+            raise ConfigurationError("resolve takes one of outcome=..., error=... and rerun=True")
         scope, key = check_scope(scope, stored=True), check_key(key, stored=True)
         encoded = None
-        if not rerun:
+        if error is not None:
+            kind, _, message = error.partition(":") if isinstance(error, str) else (error, "", "")
+            encoded = failure_of(kind, message.strip())
+        elif not rerun:
             context = OutcomeContext(scope, key, None)
             encoded = EncodedOutcome(body=self.codec.encode(outcome, UNANNOTATED, context), codec=self.codec.name)
-        return await store.resolve(scope, key, encoded)
+        done = await store.resolve(
+            scope, key, encoded, expect_token=expect_token, actor=actor or person_name(), reason=reason
+        )
+        if done is None:
+            return None
+        self._announce(EventName.RESOLVED, scope, key, **done.details())
+        return await store.get(scope, key)
+
+    async def _audit(self, store: Store, scope: str | None, key: object, limit: int) -> list[AuditEntry]:
+        if scope is None and key is not None:
+            raise ConfigurationError("audit takes a key with its scope")
+        return await store.audit(
+            scope=None if scope is None else check_scope(scope, stored=True),
+            key=None if key is None else check_key(key, stored=True),
+            limit=limit,
+        )
 
 
 _ServicesFrom = Callable[[Idempotency, RuntimeName], Services]
@@ -365,23 +509,6 @@ def services_from(make: _ServicesFrom) -> Iterator[None]:
         yield
     finally:
         _services_from.reset(token)
-
-
-_return_types: weakref.WeakKeyDictionary[object, Any] = weakref.WeakKeyDictionary()
-"""By function, and weakly: `run` is given lambdas and closures, which hold whole messages."""
-
-
-def _return_type(handler: Callable[..., Any]) -> Callable[[], Any]:
-    function = inspect.unwrap(handler)
-
-    def resolve() -> Any:
-        if not inspect.isfunction(function):
-            return ReturnType(handler).resolve()
-        if function not in _return_types:
-            _return_types[function] = ReturnType(function).resolve()
-        return _return_types[function]
-
-    return resolve
 
 
 _made: weakref.WeakSet[Idempotency] = weakref.WeakSet()

@@ -89,17 +89,19 @@ class KeyPlan:
         key: str | Callable[..., object],
         scope: str | Callable[..., object] | None = None,
         fingerprint: str | Sequence[str] | Callable[..., object] | None = "arguments",
+        signature: inspect.Signature | None = None,
     ) -> None:
         """Compile and check; a name that is no parameter, or a template that cannot work: ConfigurationError.
 
         `key` and `scope` are templates over the handler's parameters ("{order.id}", "{event[id]}",
         "{items[0].sku}", "{{" for a brace) or callables that get the same arguments; a scope without fields is
         a constant. `fingerprint` is "arguments" (all that differ from their defaults, except a first parameter
-        self or cls, and session), a list of parameter names, a callable, or None for no check.
+        self or cls, and session), a list of parameter names, a callable, or None for no check. `signature` is for
+        a handler that is called with other arguments than it takes.
         """
         self._owner = owner = scope_of(handler)
         try:
-            signature = inspect.signature(handler)
+            signature = signature or inspect.signature(handler)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"the parameters of {owner} cannot be found out: {error}") from None
         parameters = list(signature.parameters.values())

@@ -18,6 +18,7 @@ import inspect
 import sys
 import types
 import typing
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -46,6 +47,8 @@ class OutcomeContext:
     scope: str
     key: str
     fingerprint: str | None
+    step: str | None = None
+    """The name of the handler's step whose outcome it is; None: the handler's own."""
 
 
 class Codec(Protocol):
@@ -314,6 +317,23 @@ class ReturnType:
             return UNANNOTATED
         return annotation
 
+
+def return_type_of(handler: Callable[..., Any]) -> Callable[[], Any]:
+    """Return what resolves the handler's return annotation when it is asked, and remembers it for a plain function."""
+    function = inspect.unwrap(handler)
+
+    def resolve() -> Any:
+        if not inspect.isfunction(function):
+            return ReturnType(handler).resolve()
+        if function not in _return_types:
+            _return_types[function] = ReturnType(function).resolve()
+        return _return_types[function]
+
+    return resolve
+
+
+_return_types: weakref.WeakKeyDictionary[object, Any] = weakref.WeakKeyDictionary()
+"""By function, and weakly: `run` and `step` are given lambdas and closures, which hold whole messages."""
 
 _SAYS_NOTHING = (Any, object, typing.Never, typing.NoReturn, typing.Self, typing.LiteralString)
 

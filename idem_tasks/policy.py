@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypedDict, get_args
@@ -17,14 +19,14 @@ Duration = float | timedelta
 
 OnDuplicate = Literal["replay", "skip", "raise"]
 OnInProgress = Literal["raise", "wait"]
-OnCrash = Literal["rerun", "hold"]
+OnCrash = Literal["rerun", "hold"] | Callable[[Any], Any]
+"""A function is given a `DeadClaim` and returns an `Outcome`, `RERUN` or `HOLD`, or an awaitable of one."""
 OnMarkerUnavailable = Literal["bypass", "raise"]
 OnStoreUnavailable = Literal["raise", "run"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "on_duplicate": get_args(OnDuplicate),
     "on_in_progress": get_args(OnInProgress),
-    "on_crash": get_args(OnCrash),
     "on_marker_unavailable": get_args(OnMarkerUnavailable),
     "on_store_unavailable": get_args(OnStoreUnavailable),
 }
@@ -55,11 +57,14 @@ class Policy:
     wait_timeout: float = 10.0
     """Seconds that `on_in_progress="wait"` waits."""
     on_crash: OnCrash = "rerun"
-    """`rerun` runs a dead holder's work again (at least once); `hold` leaves it in doubt (at most once)."""
+    """`rerun` runs a dead holder's work again (at least once); `hold` leaves it in doubt (at most once).
+
+    A function is given the `DeadClaim`, looks at the outside world and returns an `Outcome`, `RERUN` or `HOLD`.
+    """
     record_failures: tuple[type[Exception], ...] = ()
     """Exception types whose failure is final: recorded, and raised again for every duplicate."""
     safe_to_retry: tuple[type[BaseException], ...] = ()
-    """Under `hold`: exception types which prove that no effect happened; all others leave it in doubt."""
+    """Under `hold` or a function: exception types which prove that no effect happened; others leave it in doubt."""
     max_attempts: int | None = None
     """Handler failures before the record is parked; None: no limit."""
     max_crashes: int | None = 3
@@ -82,6 +87,7 @@ class Policy:
             object.__setattr__(self, name, _exception_types(name, getattr(self, name)))
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
+        _check_on_crash(self.on_crash)
         for name in ("max_attempts", "max_crashes", "max_outcome_bytes"):
             _check_count(name, getattr(self, name), optional=name != "max_outcome_bytes")
         for name in ("shadow", "enabled"):
@@ -96,8 +102,8 @@ class Policy:
             raise ConfigurationError(f"max_hold={self.max_hold} is shorter than lease={self.lease}")
         if self.retention <= 0:
             raise ConfigurationError("retention must be more than 0 seconds")
-        if self.safe_to_retry and self.on_crash != "hold":
-            raise ConfigurationError('safe_to_retry only has a meaning with on_crash="hold"')
+        if self.safe_to_retry and not self.doubts:
+            raise ConfigurationError('safe_to_retry only has a meaning with on_crash="hold" or a function')
         if self.cache_ttl <= 0:
             raise ConfigurationError("cache_ttl must be more than 0 seconds")
         if self.cache_ttl > self.retention:
@@ -118,6 +124,19 @@ class Policy:
         if not self.shadow:
             return self
         return self.replace(on_crash="rerun", safe_to_retry=(), max_attempts=None, max_crashes=None)
+
+    @property
+    def doubts(self) -> bool:
+        """Whether work that ended in mid-run is left in doubt: under `hold`, and under a function until it answered."""
+        return self.on_crash != "rerun"
+
+    def check_runtime(self, *, asynchronous: bool) -> None:
+        """Raise `ConfigurationError` for a coroutine function as `on_crash` where nobody could await it."""
+        if not asynchronous and is_coroutine_function(self.on_crash):
+            raise ConfigurationError(
+                f"on_crash={_name_of(self.on_crash)} is an async def function, and nobody awaits it for a handler that "
+                "is a plain def: make it a plain def too"
+            )
 
     @property
     def active(self) -> bool:
@@ -183,6 +202,43 @@ def _exception_types(name: str, value: object) -> tuple[type[BaseException], ...
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigurationError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def _check_on_crash(value: object) -> None:
+    """Find out at decoration what else would only be found out after a crash."""
+    if isinstance(value, str) or not callable(value) or isinstance(value, type):
+        if value not in ("rerun", "hold"):
+            raise ConfigurationError(f"on_crash={value!r} must be 'rerun', 'hold' or a function of the dead claim")
+        return
+    function = inspect.unwrap(value.func if isinstance(value, functools.partial) else value)
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigurationError(f"on_crash={_name_of(value)} is a generator function: calling it asks nobody")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):
+        return  # of a builtin, which shows none
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"on_crash={_name_of(value)} must be 'rerun', 'hold' or a function of the dead claim alone; "
+            f"this one takes {signature}"
+        ) from error
+
+
+def is_coroutine_function(function: object) -> bool:
+    """Recognise one also behind partials and wrappers, and as the `__call__` of an object."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not callable(function):
+        return False
+    if not inspect.isroutine(function):
+        return inspect.iscoroutinefunction(type(function).__call__)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(inspect.unwrap(function))
+
+
+def _name_of(function: object) -> str:
+    return str(getattr(function, "__qualname__", None) or repr(function))
 
 
 def _check_count(name: str, value: object, *, optional: bool) -> None:

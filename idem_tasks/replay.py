@@ -15,6 +15,9 @@ from idem_tasks.runtime import interruption_in
 MAX_ERROR_MESSAGE = 2000
 """Characters kept of an exception's text."""
 
+DOUBTFUL_SIZE = 1024 * 1024
+"""Bytes of an outcome, the default limit, above which it may be the outcome that a database refuses."""
+
 _REASONS = {
     "too_large": "it was larger than the policy's max_outcome_bytes",
     "not_encodable": "it could not be encoded; see the log of that run",
@@ -23,11 +26,12 @@ _REASONS = {
 
 
 def keep(call: Call, value: Any) -> EncodedOutcome:
-    """Encode a handler's value; no fault of the codec or the value is raised, because the effect has happened (F43).
+    """Encode the value of a handler, or of its step.
 
-    What cannot be kept is logged, and the record is completed without it.
+    No fault of the codec or the value is raised, because the effect has happened (F43). What cannot be kept is logged,
+    and the record, or step, is completed without it.
     """
-    if call.policy.on_duplicate == "skip":
+    if call.policy.on_duplicate == "skip" and call.step is None:
         return EncodedOutcome(not_kept="skipped")
     codec, before = call.services.codec, sys.exception()
     try:
@@ -87,7 +91,7 @@ def replay(call: Call, finished: Finished) -> Any:
                 scope=call.request.scope, key=call.request.key, outcome=_value_if_readable(call, finished)
             )
         case _:
-            return value_of(call, finished)
+            return value_of(call, finished.outcome)
 
 
 def outcome_of_another(call: Call, finished: Finished) -> Any:
@@ -96,7 +100,7 @@ def outcome_of_another(call: Call, finished: Finished) -> Any:
     Raises `FingerprintMismatchError` if that was for other arguments, and what `value_of` raises.
     """
     check_arguments(call, finished)
-    return value_of(call, finished)
+    return value_of(call, finished.outcome)
 
 
 def check_arguments(call: Call, finished: Finished) -> None:
@@ -106,9 +110,8 @@ def check_arguments(call: Call, finished: Finished) -> None:
         raise FingerprintMismatchError(scope=call.request.scope, key=call.request.key)
 
 
-def value_of(call: Call, finished: Finished) -> Any:
+def value_of(call: Call, outcome: EncodedOutcome) -> Any:
     """Return the recorded value, or raise the recorded failure."""
-    outcome = finished.outcome
     if outcome.state is State.FAILED:
         raise recorded_failure(call.policy, outcome)
     if outcome.body is not None:
@@ -116,14 +119,15 @@ def value_of(call: Call, finished: Finished) -> Any:
     if outcome.not_kept == "skipped":
         return None
     reason = _REASONS.get(outcome.not_kept or "", "the reason is not known")
+    what = "" if call.step is None else f"step {call.step!r} of "
     raise OutcomeError(
-        f"{call.request.scope} {call.request.key!r} was completed before, but its outcome was not kept: {reason}"
+        f"{what}{call.request.scope} {call.request.key!r} was completed before, but its outcome was not kept: {reason}"
     )
 
 
 def _value_if_readable(call: Call, finished: Finished) -> Any:
     try:
-        return value_of(call, finished)
+        return value_of(call, finished.outcome)
     except Exception:  # noqa: BLE001 - a failed or unreadable outcome has no value to show
         return None
 

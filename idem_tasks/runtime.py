@@ -73,6 +73,10 @@ class Runtime(Protocol):
         """Run the handler on its caller's thread and return its value."""
         ...
 
+    async def ask(self, question: Callable[..., Any], subject: object, seconds: float) -> Any:
+        """Call what tells of the outside world, and return its answer; one that can be stopped gets `seconds`."""
+        ...
+
     async def sleep(self, seconds: float) -> None:
         """Wait without holding up anything but this call."""
         ...
@@ -87,6 +91,10 @@ class Runtime(Protocol):
 
     def can_wait(self, *, after: BaseException) -> bool:
         """Tell whether anything can still be awaited once this was raised."""
+        ...
+
+    def drive(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine of ours for a handler: return its value, or what the handler awaits for it."""
         ...
 
 
@@ -115,6 +123,10 @@ class Blocking:
             )
         return value
 
+    async def ask(self, question: Callable[..., Any], subject: object, seconds: float) -> Any:
+        """Call it; nothing can stop it here."""
+        return await self.invoke(question, (subject,), {})
+
     async def sleep(self, seconds: float) -> None:
         """Block this thread or greenlet."""
         time.sleep(seconds)  # noqa: ASYNC251 - this coroutine is driven by run_sync, on its caller's thread
@@ -132,7 +144,8 @@ class Blocking:
             except BaseException as error:
                 interruption = interruption_in(error, before)
                 if interruption is not None:
-                    struck = interruption
+                    # A shutdown stays one, though a time limit strikes after it.
+                    struck = interruption if struck is None or isinstance(struck, Exception) else struck
                 elif struck is None or isinstance(struck, Exception):
                     raise
                 else:
@@ -148,6 +161,13 @@ class Blocking:
         """Say yes: nothing here ever suspends."""
         return True
 
+    def drive(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run it to its end."""
+        try:
+            return run_sync(coroutine)
+        except HandlerStopIteration as carrier:
+            raise carrier.error from None
+
 
 class Asyncio:
     """Coroutine functions, on the running event loop."""
@@ -156,6 +176,11 @@ class Asyncio:
         """Await the handler; one that returns its value at once (under a wrapper that waited itself) has run too."""
         value = handler(*args, **kwargs)
         return await value if inspect.isawaitable(value) else value
+
+    async def ask(self, question: Callable[..., Any], subject: object, seconds: float) -> Any:
+        """Await it for so many seconds; raises `TimeoutError` then."""
+        async with asyncio.timeout(seconds):
+            return await self.invoke(question, (subject,), {})
 
     async def sleep(self, seconds: float) -> None:
         """Suspend this task."""
@@ -181,6 +206,16 @@ class Asyncio:
         """Say no after GeneratorExit: the event loop is gone, or does not know this coroutine any more."""
         return not isinstance(after, GeneratorExit)
 
+    def drive(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Return it: the handler awaits it."""
+        return coroutine
+
+
+FIRST_PAUSE = 0.05
+"""Seconds between the first two looks at a key in progress, or tries of a write; doubled each time."""
+
+LONGEST_PAUSE = 2.0
+"""Seconds between two such tries, at most."""
 
 _SHIELD_TRIES = 10
 """A call is interrupted once or twice at most (soft limit, then shutdown); more would be a fault in a loop."""

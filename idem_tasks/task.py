@@ -9,19 +9,26 @@ Read `perform` first; the steps it calls stand below it in the order in which th
     4  finish   \ `Store.finish`: the outcome is recorded, if the claim still stands,
     5  publish  / and from then on the marker answers with it
     6  ack      is the caller's, once this returned
+
+With `session=` steps 3 and 4 are one transaction of the user's session (`run_in_session`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+import random
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+from idem_tasks.asking import ask
 from idem_tasks.call import Call
 from idem_tasks.claims import (
     Claim,
+    ClaimRequest,
     EncodedOutcome,
     Finished,
     Granted,
@@ -29,6 +36,7 @@ from idem_tasks.claims import (
     InProgress,
     Lease,
     Lost,
+    OutboxMessage,
     Parked,
     Recorded,
     Release,
@@ -49,21 +57,40 @@ from idem_tasks.errors import (
     StoreUnavailableError,
 )
 from idem_tasks.events import EventName
-from idem_tasks.replay import keep, keep_failure, message_of, outcome_of_another, replay, type_name
-from idem_tasks.runtime import HandlerStopIteration, deadline_clock, is_interruption
+from idem_tasks.outbox import OutgoingMessages
+from idem_tasks.replay import (
+    DOUBTFUL_SIZE,
+    keep,
+    keep_failure,
+    message_of,
+    outcome_of_another,
+    replay,
+    type_name,
+)
+from idem_tasks.runtime import (
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    HandlerStopIteration,
+    deadline_clock,
+    interruption_in,
+    is_interruption,
+)
+from idem_tasks.session_argument import SessionOfCall
+from idem_tasks.steps import Steps
+from idem_tasks.stores.base import Transaction, sql_records, transaction_of
 
 Handler = Callable[..., Any]
-Answer = Claim | Finished | InProgress | InDoubt | Parked
+A = TypeVar("A")
 Ending = Recorded | Released | Finished | Lost | None
+Look = Callable[[], Awaitable[Recorded | Finished | Lost | None]]
 
-_FIRST_PAUSE = 0.05
-"""Seconds between the first two looks at a key in progress, or tries of a finish; doubled each time."""
+_RERUNS = 5
+"""How often a handler runs again in one call whose transaction a deadlock or a serialization failure undid."""
 
-_LONGEST_PAUSE = 2.0
-"""Seconds between two such tries, at most."""
-
-_DOUBTFUL_SIZE = 1024 * 1024
-"""Bytes of an outcome, the default limit, above which it may be the outcome that a database refuses."""
+_CONFLICT_NOTE = (
+    "other transactions stood in the way each time. A handler that takes longer than a third of its lease needs "
+    "READ COMMITTED: above that, the renewal of its own lease is such a transaction"
+)
 
 
 async def perform(call: Call, handler: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -79,7 +106,7 @@ async def perform(call: Call, handler: Handler, args: tuple[Any, ...], kwargs: M
             return replay(call, claim)
         enter(claim)
         try:
-            value = await call.services.runtime.invoke(handler, args, kwargs)
+            value = await run(call, claim, handler, args, kwargs)
         except BaseException as raised:
             recorded = await give_up(call, claim, raised)
             if recorded is None:
@@ -118,13 +145,18 @@ async def open_claim(call: Call) -> Claim | Finished:
         if call.host is None or not is_interruption(struck):
             raise
         # A soft time limit, and nothing has run: the message has to come again, though Celery would fail it (F31).
-        raise StoreUnavailableError(
-            f"{call.request.scope} {call.request.key!r} was struck by {type(struck).__name__} before its handler began"
-        ) from struck
+        raise never_began(call, struck) from struck
     if isinstance(claim, Finished) and call.policy.shadow:
         call.announce(EventName.SHADOW_DUPLICATE, found=claim.outcome.state.value)
         return unprotected(call)
     return claim
+
+
+def never_began(call: Call, struck: BaseException) -> StoreUnavailableError:
+    """Say that a framework's interruption came before the handler."""
+    return StoreUnavailableError(
+        f"{call.request.scope} {call.request.key!r} was struck by {type(struck).__name__} before its handler began"
+    )
 
 
 def runs_without_store(call: Call, error: IdemTasksError) -> bool:
@@ -139,11 +171,17 @@ async def claim_or_wait(call: Call) -> Claim | Finished:
     """Claim the key; while it is in progress elsewhere, wait as long as the policy says."""
     waits = call.policy.on_in_progress == "wait" and not call.policy.shadow
     waits_until = deadline_clock() + (call.policy.wait_timeout if waits else 0.0)
-    scope, key, pause = call.request.scope, call.request.key, _FIRST_PAUSE
+    scope, key, pause = call.request.scope, call.request.key, FIRST_PAUSE
+    request = call.request
     while True:
-        match await claim_or_withdraw(call):
+        match await claim_or_withdraw(call, request, partial(call.services.store.claim, request)):
             case Claim() | Finished() as opened:
                 return opened
+            case InDoubt(dead=Lease() as dead) if callable(call.policy.on_crash):
+                decided = await end_doubt(call, request, dead)
+                if not isinstance(decided, ClaimRequest):
+                    return decided
+                request = decided
             case InDoubt(new):
                 call.announce(EventName.IN_DOUBT, new=new)
                 raise InDoubtError(scope=scope, key=key)
@@ -156,24 +194,55 @@ async def claim_or_wait(call: Call) -> Claim | Finished:
                     call.announce(EventName.IN_PROGRESS, retry_after=round(retry_after, 3))
                     raise InProgressError(scope=scope, key=key, retry_after=max(retry_after, 0.0))
                 await call.services.runtime.sleep(min(pause, left))
-                pause = min(pause * 2, _LONGEST_PAUSE)
+                pause, request = min(pause * 2, LONGEST_PAUSE), request.again()
+
+
+async def end_doubt(call: Call, request: ClaimRequest, dead: Lease) -> Claim | Finished | ClaimRequest:
+    """Ask the policy's function about a dead holder, and apply its answer while that may still be true.
+
+    Returns the request for another claim where somebody else ended the doubt meanwhile: his word counts, also the
+    dead holder's own, who wakes up late. Raises `InDoubtError` where the function does not say.
+    """
+    until, pause = deadline_clock() + call.policy.lease, FIRST_PAUSE
+    outcome = await ask(call, dead)
+    while True:
+        request = request.again()
+        try:
+            decided: Claim | Finished | Lost = await claim_or_withdraw(
+                call, request, partial(call.services.store.decide, dead, request, outcome)
+            )
+        except StoreUnavailableError:
+            if deadline_clock() + pause > until:
+                raise
+            await call.services.runtime.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+        else:
+            return request.again() if isinstance(decided, Lost) else decided
+
+
+def new_claim(call: Call, lease: Lease, *, asked_at: float) -> Claim:
+    """Return a lease as its handler sees it, with what its steps and messages need."""
+    outgoing = OutgoingMessages(lease, call.services.store, call.services.senders)
+    return Claim(lease, Steps(call), asked_at=asked_at, outgoing=outgoing)
 
 
 def unprotected(call: Call) -> Claim:
     """Make a claim that no store knows of, for a handler that is to run whatever happens."""
-    claim = Claim(Lease(call.request, fencing_token=0), asked_at=deadline_clock())
+    claim = new_claim(call, Lease(call.request, fencing_token=0), asked_at=deadline_clock())
     claim.deadline = math.inf
     return claim
 
 
-async def claim_or_withdraw(call: Call) -> Answer:
+async def claim_or_withdraw(
+    call: Call, request: ClaimRequest, ask_store: Callable[[], Awaitable[A | Granted]]
+) -> A | Claim:
     """Ask the store; when this is interrupted on the way, give up whatever was granted meanwhile.
 
     Nothing has run yet: a claim that nobody holds would make others wait for its lease, or doubt it.
     """
     asked_at = deadline_clock()
     try:
-        answer = await call.services.store.claim(call.request)
+        answer = await ask_store()
         if not isinstance(answer, Granted):
             return answer
         if deadline_clock() < asked_at + call.policy.lease:
@@ -188,13 +257,14 @@ async def claim_or_withdraw(call: Call) -> Answer:
         raise
     except BaseException as interruption:
         if call.services.runtime.can_wait(after=interruption):
-            await call.services.runtime.shield(lambda: withdraw(call))
+            await call.services.runtime.shield(lambda: withdraw(call, request))
         raise
 
 
 def take_up(call: Call, lease: Lease, asked_at: float) -> Claim:
     """Hold a granted claim: the heartbeat renews it from now on."""
-    claim = Claim(lease, asked_at=asked_at)
+    claim = new_claim(call, lease, asked_at=asked_at)
+    claim.finishes_by(partial(finish_in, call, claim))
     call.services.heartbeat.hold(claim)
     if lease.taken_over:
         call.announce(EventName.TAKEN_OVER, fencing_token=lease.fencing_token, crashes=lease.crashes)
@@ -202,11 +272,11 @@ def take_up(call: Call, lease: Lease, asked_at: float) -> Claim:
     return claim
 
 
-async def withdraw(call: Call) -> None:
+async def withdraw(call: Call, request: ClaimRequest) -> None:
     """Give back what an interrupted claim may have been granted; the same owner is granted the same claim again."""
     call.services.heartbeat.let_go(call.request.owner)
     try:
-        answer = await call.services.store.claim(call.request)
+        answer = await call.services.store.claim(request.again())
     except IdemTasksError as error:
         call.announce(EventName.RELEASE_FAILED, error=str(error))
     else:
@@ -222,24 +292,254 @@ async def give_back(call: Call, lease: Lease) -> None:
         call.announce(EventName.RELEASE_FAILED, error=str(error))
 
 
+async def run(call: Call, claim: Claim, handler: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Step 3: run the handler; with `session=` step 4 too, and `claim.ending` says then how it ended.
+
+    A deadlock or a serialization failure undoes all that was written in the session, so the handler runs again.
+    """
+    if call.session is None:
+        return await call.services.runtime.invoke(handler, args, kwargs)
+    runs = 0
+    while True:
+        runs += 1
+        transaction = transaction_for(call, claim, call.session)
+        try:
+            return await run_in_session(call, claim, transaction, handler, args, kwargs)
+        except Exception as raised:
+            if not may_run_again(call, claim, transaction, raised):
+                raise
+            if runs > _RERUNS:
+                raised.add_note(_CONFLICT_NOTE)
+                raise
+        claim.drop_outgoing()
+        await call.services.runtime.sleep(random.uniform(0, FIRST_PAUSE))  # noqa: S311 - so that two do not meet again
+        call.services.heartbeat.hold(claim)  # a commit that failed had let go of it
+
+
+async def run_in_session(
+    call: Call,
+    claim: Claim,
+    transaction: Transaction,
+    handler: Handler,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Begin, run the handler, and commit what it wrote together with its outcome; or leave nothing of either."""
+    runtime, session = call.services.runtime, call.session
+    assert session is not None
+    try:
+        if not await begin(call, claim, transaction):
+            return None
+        claim.transaction, claim.steps = transaction, Steps(call)
+        value = await runtime.invoke(handler, args, session.passed(kwargs, transaction.session))
+        if claim.is_here and not await runtime.shield(lambda: commit(call, claim, transaction, value)):
+            raise StoreUnavailableError(f"{claim.scope} {claim.key!r} was interrupted before anything was committed")
+    except BaseException as raised:
+        was_struck, is_cut_off = interruption_in(raised, None) is not None, transaction.is_cut_off
+        if claim.is_here and claim.ending is None and runtime.can_wait(after=raised):
+            await runtime.shield(lambda: transaction.roll_back(throw_away=was_struck))
+        if is_cut_off and not was_struck and not isinstance(raised, IdemTasksError):
+            # The records are out of reach with it. Nothing was written, so the message may as well come again (F59).
+            raise StoreUnavailableError(
+                f"{claim.scope} {claim.key!r} lost its database while its handler ran, so nothing is written"
+            ) from raised
+        raise
+    else:
+        return value
+    finally:
+        ended_by = sys.exception()
+        if claim.is_here and (ended_by is None or runtime.can_wait(after=ended_by)):
+            await runtime.shield(transaction.close)
+
+
+def is_fenced(call: Call, claim: Claim) -> bool:
+    """Tell whether what the handler writes in its session stands or falls with its claim.
+
+    Not so in shadow, disabled or without a store: then it is only committed, because the handler does not do that.
+    """
+    return claim.protected and not call.policy.shadow
+
+
+def transaction_for(call: Call, claim: Claim, session: SessionOfCall) -> Transaction:
+    """Return the transaction in which the handler runs; not begun yet."""
+    if is_fenced(call, claim):
+        return transaction_of(call.services.store, claim.lease, session.source, session.given)
+    return session.source.unfenced(session.given)
+
+
+async def begin(call: Call, claim: Claim, transaction: Transaction) -> bool:
+    """Begin the handler's transaction; False if the claim was lost before.
+
+    Where it cannot be begun the claim is given back, whatever the policy says: nothing has run.
+    """
+    try:
+        answer = await transaction.begin()
+    except BaseException as error:
+        if call.services.runtime.can_wait(after=error):
+            was_struck = interruption_in(error, None) is not None
+            await call.services.runtime.shield(lambda: end_before_it_began(call, claim, transaction, was_struck))
+        if call.host is not None and is_interruption(error):
+            raise never_began(call, error) from error
+        raise
+    if answer is not None:
+        end(call, claim, answer)
+    return answer is None
+
+
+async def end_before_it_began(call: Call, claim: Claim, transaction: Transaction, was_struck: bool) -> None:
+    """Give back the claim of a handler whose transaction could not be begun."""
+    call.services.heartbeat.let_go(claim.lease.owner)
+    await transaction.roll_back(throw_away=was_struck)
+    if claim.protected:
+        await give_back(call, claim.lease)
+        claim.ending = Released(State.RELEASED)
+
+
+async def commit(call: Call, claim: Claim, transaction: Transaction, value: Any) -> bool:
+    """Step 4 in the handler's own transaction: the outcome is its last write, and one commit makes all of it true.
+
+    Begun again after an interruption it commits nothing a second time, but looks what became of the first; it returns
+    False if nothing is committed.
+    """
+    call.services.heartbeat.let_go(claim.lease.owner)
+    refused, before = None, sys.exception()
+    if not transaction.commit_begun:
+        try:
+            if await transaction.commit(keep_all(call, claim, value)):
+                if is_fenced(call, claim):
+                    end(call, claim, Recorded())
+                return True
+        except Exception as error:
+            if not transaction.may_be_committed or interruption_in(error, before) is not None:
+                raise
+            refused = error
+    elif not transaction.may_be_committed:
+        return False  # struck before the commit was sent
+    await transaction.roll_back(throw_away=transaction.may_be_committed)
+    answer = await look(call, claim, transaction.look)
+    if answer is None:
+        if refused is not None:
+            raise refused
+        return False
+    end(call, claim, answer)
+    if refused is not None and not isinstance(refused, StoreError) and isinstance(answer, Recorded):
+        raise refused  # not of the database: all is committed, and a listener of the user's raised after it
+    return True
+
+
+async def look(call: Call, claim: Claim, ask_store: Look) -> Recorded | Finished | Lost | None:
+    """Tell what became of a commit; while the store is away, try again as long as the lease lives.
+
+    After that nobody knows: nothing is released, and the next delivery finds what there is.
+    """
+    pause = FIRST_PAUSE
+    while True:
+        try:
+            return await ask_store()
+        except StoreError as unreachable:
+            if deadline_clock() + pause >= claim.deadline:
+                claim.ending = Lost()
+                raise StoreUnavailableError(
+                    f"it is not known whether {claim.scope} {claim.key!r} was committed while its lease lived "
+                    f"({unreachable}); the message must be delivered again"
+                ) from unreachable
+        await call.services.runtime.sleep(pause)
+        pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def end(call: Call, claim: Claim, answer: Recorded | Finished | Lost) -> None:
+    """Note, and announce, how the claim of a handler that returned ended."""
+    claim.ending = answer
+    tell(call, claim, answer, None)
+
+
+def may_run_again(call: Call, claim: Claim, transaction: Transaction, raised: Exception) -> bool:
+    """Tell whether all that the handler did is undone; under `hold` it may have done something outside."""
+    return (
+        is_fenced(call, claim)
+        and claim.ending is None
+        and not call.policy.doubts
+        and not claim.lost
+        and transaction.is_conflict(raised)
+    )
+
+
+def finish_in(call: Call, claim: Claim, connection: Any, value: Any) -> None:
+    """Step 4 in a transaction that the handler commits by itself: the outcome is its last write there."""
+    if not is_fenced(call, claim):
+        return
+    if call.session is not None or claim.ending is not None:
+        raise ConfigurationError("finish_in is for a handler without session=, whose claim has no outcome yet")
+    if claim.step_running is not None:
+        raise ConfigurationError(f"finish_in ends the handler, and step {claim.step_running!r} of it runs still")
+    records, outcome = sql_records(call.services.store), keep_all(call, claim, value)
+    if not records.finish_in(connection, claim.lease, outcome):
+        raise lease_lost(claim)
+    call.services.heartbeat.let_go(claim.lease.owner)  # the record is locked until the commit
+    claim.written = value, outcome
+
+
+async def seen_committed(call: Call, claim: Claim) -> Any:
+    """See that the handler has committed what it finished by `finish_in`, and return the value that it gave there.
+
+    What was rolled back is a failure of the handler, though it returned: nothing of it has happened.
+    """
+    assert claim.written is not None
+    value, outcome = claim.written
+    records = sql_records(call.services.store)
+    answer = await call.services.runtime.shield(
+        lambda: look(call, claim, lambda: records.look(claim.lease, outcome))  # may wait for a commit that is under way
+    )
+    if answer is not None:
+        end(call, claim, answer)
+        return value
+    error = ConfigurationError(
+        f"{claim.scope} {claim.key!r}: the transaction that finish_in wrote in was rolled back, and nothing of it is "
+        "recorded; let what rolled it back leave the handler as an exception"
+    )
+    await give_up(call, claim, error)
+    raise error
+
+
 async def record(call: Call, claim: Claim, value: Any) -> Any:
     """Steps 4 and 5: record the value and return it; from here on nothing releases the claim any more.
 
-    Where somebody else's outcome is recorded already, that is returned instead.
+    Where somebody else's outcome is recorded already, that is returned instead. What the handler published is
+    recorded with the value, and then sent.
     """
-    if not claim.protected:
-        return value
-    try:
-        answer = await call.services.runtime.shield(lambda: finish(call, claim, keep(call, value)))
-    except IdemTasksError as error:
-        if runs_without_store(call, error):
-            return value
-        raise
-    if isinstance(answer, Recorded) or call.policy.shadow:
+    if claim.protected and claim.parked_by is not None:
+        raise claim.parked_by  # which the handler did not let through: nothing is recorded of a parked claim
+    if claim.protected and claim.written is not None:
+        value = await seen_committed(call, claim)
+    answer = claim.ending
+    if answer is None and claim.protected:
+        try:
+            answer = await call.services.runtime.shield(lambda: finish(call, claim, keep_all(call, claim, value)))
+        except IdemTasksError as error:
+            if not runs_without_store(call, error):
+                raise
+    if isinstance(answer, Recorded) or answer is None or call.policy.shadow:
+        messages = claim.close_outgoing()
+        if messages:
+            await send(call, messages, recorded=isinstance(answer, Recorded))
         return value
     if isinstance(answer, Finished):
         return outcome_of_another(call, answer)
     raise lease_lost(claim)
+
+
+def keep_all(call: Call, claim: Claim, value: Any) -> EncodedOutcome:
+    """Keep what the handler returned, and what it published; from here on it publishes nothing more."""
+    return replace(keep(call, value), messages=claim.close_outgoing())
+
+
+async def send(call: Call, messages: Sequence[OutboxMessage], *, recorded: bool) -> None:
+    """Send what the handler published, before its caller acknowledges the message; a relay sends what fails.
+
+    Where nothing is recorded that it could be sent from, what fails is raised, as if the handler had sent it.
+    """
+    relay = call.services.relay
+    await (relay.send_now(messages) if recorded else relay.send_unrecorded(messages))
 
 
 async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded | Finished | Lost:
@@ -248,7 +548,7 @@ async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded 
     After that the outcome is kept in the marker, this process keeps trying, and `StoreUnavailableError` makes the
     message come back: it must never be acknowledged on the strength of a marker (F45, F57).
     """
-    store, pause = call.services.store, _FIRST_PAUSE
+    store, pause = call.services.store, FIRST_PAUSE
     call.services.heartbeat.let_go(claim.lease.owner)
     while True:
         try:
@@ -263,8 +563,8 @@ async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded 
         if deadline_clock() + pause >= claim.deadline:
             break
         await call.services.runtime.sleep(pause)
-        pause = min(pause * 2, _LONGEST_PAUSE)
-    if outcome.body is not None and len(outcome.body) > _DOUBTFUL_SIZE:
+        pause = min(pause * 2, LONGEST_PAUSE)
+    if outcome.body is not None and len(outcome.body) > DOUBTFUL_SIZE:
         # Larger than MariaDB's max_allowed_packet, say: recorded without it, or it would be refused for ever (F43).
         without = replace(outcome, body=None, codec=None, not_kept="too_large")
         with contextlib.suppress(StoreError):
@@ -288,8 +588,10 @@ async def give_up(call: Call, claim: Claim, raised: BaseException) -> Finished |
     None: the exception goes on.
     """
     runtime = call.services.runtime
-    if not claim.protected or not runtime.can_wait(after=raised):
+    if not claim.protected or claim.ending is not None or not runtime.can_wait(after=raised):
         return None
+    if claim.parked_by is not None:
+        return None  # a step of it left the record for a person
     error = raised.error if isinstance(raised, HandlerStopIteration) else raised
     try:
         if isinstance(error, call.policy.record_failures) and is_failure(call, error):
@@ -315,7 +617,7 @@ async def let_go(call: Call, claim: Claim, error: BaseException) -> Ending:
     call.services.heartbeat.let_go(claim.lease.owner)
     release = Release(
         failed=is_failure(call, error),
-        in_doubt=call.policy.on_crash == "hold" and not proves_no_effect(call, error),
+        in_doubt=call.policy.doubts and not proves_no_effect(call, error),
         error_type=type_name(type(error)),
         error_message=message_of(error),
     )

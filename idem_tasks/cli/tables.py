@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from idem_tasks.cli import terminal
+from idem_tasks.cli.where import DatabaseURL, Schema, TablePrefix, Where
 from idem_tasks.config import DEFAULT_DATABASE_URL
 from idem_tasks.errors import ConfigurationError
 from idem_tasks.idempotency import Idempotency
@@ -17,41 +18,32 @@ _DEFAULT_PREFIX = "idem_tasks_"
 
 def init_db(
     *,
-    database_url: Annotated[
-        str | None,
-        typer.Option(
-            envvar="IDEM_TASKS_DATABASE_URL",
-            show_envvar=True,
-            metavar="URL",
-            help=f"The database; without it, {DEFAULT_DATABASE_URL} as for workers.",
-        ),
-    ] = None,
-    schema: Annotated[
-        str | None,
-        typer.Option(envvar="IDEM_TASKS_SCHEMA", help="The schema, which must be there; else the default one."),
-    ] = None,
-    table_prefix: Annotated[
-        str, typer.Option(envvar="IDEM_TASKS_TABLE_PREFIX", help="What the names of the tables begin with.")
-    ] = _DEFAULT_PREFIX,
+    context: typer.Context,
+    database_url: DatabaseURL = None,
+    schema: Schema = None,
+    table_prefix: TablePrefix = None,
     sql: Annotated[bool, typer.Option("--sql", help="Print the SQL for a DBA, and change nothing.")] = False,
 ) -> None:
     """Make the tables in a database, where they are not there yet.
 
-    May be run at every deployment, by several at once. With --sql it only prints, and does not connect.
+    Without --database-url and IDEM_TASKS_DATABASE_URL it is sqlite:///idem_tasks.db, as for workers. A schema must be
+    there already. May be run at every deployment, by several at once. With --sql it only prints, and does not connect.
     """
-    url = database_url or DEFAULT_DATABASE_URL
+    where = Where.of(context, database_url=database_url, schema=schema, table_prefix=table_prefix)
+    schema, prefix = where.schema, where.table_prefix or _DEFAULT_PREFIX
+    url = where.database_url or DEFAULT_DATABASE_URL
     if sql:
         from idem_tasks.stores.migrations.offline import script
 
-        sys.stdout.write(script(url, schema, table_prefix))
+        sys.stdout.write(script(url, schema, prefix))
         return
     from idem_tasks import SQLStore
     from idem_tasks.stores.migrations.offline import newest_revision
 
-    talk, named = terminal.talk(), f"{table_prefix}*" + (f" in schema {schema}" if schema else "")
-    if database_url is None:
+    talk, named = terminal.talk(), f"{prefix}*" + (f" in schema {schema}" if schema else "")
+    if where.database_url is None:
         talk.print("Neither --database-url nor IDEM_TASKS_DATABASE_URL is given: this is the default database.")
-    store = SQLStore(url, schema=schema, table_prefix=table_prefix, create_schema=False)
+    store = SQLStore(url, schema=schema, table_prefix=prefix, create_schema=False)
     with Idempotency(store=store) as idempotency:
         were_there = _are_there(idempotency)
         idempotency.prepare()

@@ -29,7 +29,7 @@ _MADE_ANEW = frozenset({"parent_id", "ignore_result", "argsrepr", "kwargsrepr"})
 """Headers that Celery does not take over when it sends a request again: a message without a parent becomes
 its own parent, and arguments whose sender hid them from the logs are shown."""
 
-_CONFIRM_TIMEOUT = 10.0
+CONFIRM_TIMEOUT = 10.0
 """Seconds to wait for RabbitMQ's confirmation before the message is published once more."""
 
 _DEFAULT_VISIBILITY_TIMEOUT = 3600.0
@@ -65,11 +65,11 @@ def put_back(task: Task, request: Context, args: Any, kwargs: Any, *, delay: flo
         **{name: value for name, value in vars(request).items() if name in _MADE_ANEW},
         COUNT_HEADER: count,
     }
-    with _confirming_producer(task.app) as producer:
-        signature.apply_async(producer=producer, add_to_parent=False, confirm_timeout=_CONFIRM_TIMEOUT)
+    with confirming_producer(task.app) as producer:
+        signature.apply_async(producer=producer, add_to_parent=False, confirm_timeout=CONFIRM_TIMEOUT)
 
 
-def _confirming_producer(app: Celery) -> Producer:
+def confirming_producer(app: Celery) -> Producer:
     """Take a producer, for a `with` block, whose publish returns only when the broker has the message (F60).
 
     Redis does so by its reply; AMQP only with publisher confirms, which Celery's own producers lack.

@@ -26,12 +26,15 @@ _REDIS_SCHEMES = frozenset(
 _SQL_SCHEMES = frozenset({"sqlite", "postgresql", "postgres", "mysql", "mariadb"})
 
 
-def store_from_url(url: str, *, create_schema: bool | None = None) -> Store:
+def store_from_url(
+    url: str, *, create_schema: bool | None = None, schema: str | None = None, table_prefix: str | None = None
+) -> Store:
     """Return the store that a URL names; it connects at its first use.
 
     `memory://` keeps records in this process; `sqlite:///file`, `postgresql://`, `mysql://` and `mariadb://` in a
-    database; `redis://` in Redis. `create_schema` is for databases: None makes the tables on first use on SQLite
-    only, True everywhere, False never. Raises `ConfigurationError` for any other scheme.
+    database; `redis://` in Redis. The rest is for databases. `create_schema`: None makes the tables on first use on
+    SQLite only, True everywhere, False never. `schema` and `table_prefix` say where the tables are. Raises
+    `ConfigurationError` for any other scheme.
     """
     scheme = url.partition(":")[0].lower()
     if scheme == "memory":
@@ -45,13 +48,21 @@ def store_from_url(url: str, *, create_schema: bool | None = None) -> Store:
     if scheme.partition("+")[0] in _SQL_SCHEMES:
         from idem_tasks.stores.sql import SQLStore
 
-        return SQLStore(url, create_schema=create_schema)
+        prefix = {} if table_prefix is None else {"table_prefix": table_prefix}
+        return SQLStore(url, create_schema=create_schema, schema=schema, **prefix)
     raise ConfigurationError(
         f"no store for the URL scheme {scheme!r}; known: memory, {', '.join(sorted(_SQL_SCHEMES | _REDIS_SCHEMES))}"
     )
 
 
-def store_from_urls(database_url: str | None, redis_url: str | None, *, create_schema: bool | None = None) -> Store:
+def store_from_urls(
+    database_url: str | None,
+    redis_url: str | None,
+    *,
+    create_schema: bool | None = None,
+    schema: str | None = None,
+    table_prefix: str | None = None,
+) -> Store:
     """Return one store of both tiers where both URLs are given, else the one that is given.
 
     Raises `ConfigurationError` for a wrong scheme, and if neither is given.
@@ -68,13 +79,14 @@ def store_from_urls(database_url: str | None, redis_url: str | None, *, create_s
         url = database_url or redis_url
         if url is None:
             raise ConfigurationError("a store needs a database URL, a Redis URL, or both")
-        return store_from_url(url, create_schema=create_schema)
+        return store_from_url(url, create_schema=create_schema, schema=schema, table_prefix=table_prefix)
     from idem_tasks.stores.redis import RedisStore
     from idem_tasks.stores.sql import SQLStore
     from idem_tasks.stores.tiered import TieredStore
 
+    prefix = {} if table_prefix is None else {"table_prefix": table_prefix}
     marker = RedisStore(redis_url, prefix=_marker_prefix(database_url))
-    return TieredStore(marker, SQLStore(database_url, create_schema=create_schema))
+    return TieredStore(marker, SQLStore(database_url, create_schema=create_schema, schema=schema, **prefix))
 
 
 def _marker_prefix(database_url: str) -> str:

@@ -15,22 +15,30 @@ A store holds no state of a call (F26). Its clock decides about leases and reten
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from idem_tasks.claims import (
+    AuditEntry,
     ClaimAnswer,
     ClaimRequest,
     EncodedOutcome,
     Finished,
+    Granted,
     Lease,
     Lost,
+    OutboxMessage,
     Record,
     Recorded,
     Release,
     Released,
     State,
+    StepBegun,
+    StepFinished,
+    StepsDiffer,
 )
+from idem_tasks.errors import ConfigurationError, ConflictError
 from idem_tasks.events import Announcer
 
 RuntimeName = Literal["blocking", "asyncio"]
@@ -56,8 +64,22 @@ class Store(Protocol):
         """Claim the record, or tell why not, in one atomic step.
 
         Granted when there is no record, it was released, its retention is over, or its holder's lease ran out
-        and the policy says rerun. A request whose own earlier attempt took effect, though the reply was lost, is
-        granted again with the same fencing token (F21, F22). The fencing token rises with every other grant.
+        and the policy says rerun. Where it `doubts`, such a dead holder's record is put in doubt under its own
+        token and owner, so that its late finish still counts, and the answer tells whose claim that was.
+
+        A request whose own earlier attempt took effect, though the reply was lost, is granted again with the same
+        fencing token (F21, F22). The fencing token rises with every other grant.
+        """
+        ...
+
+    async def decide(
+        self, dead: Lease, request: ClaimRequest, outcome: EncodedOutcome | None
+    ) -> Granted | Finished | Lost:
+        """End the doubt that a claim met: by this outcome, or (None) by granting the record to `request`.
+
+        One compare-and-set on the fencing token, owner and state in doubt of the `dead` claim. It writes a new token
+        and the owner of `request`, so that the dead holder's late finish misses. `Finished` or `Granted`: that is
+        done, also if an earlier attempt did it whose reply was lost. `Lost`: somebody else ended the doubt.
         """
         ...
 
@@ -97,26 +119,56 @@ class Store(Protocol):
         """Return the record, or None."""
         ...
 
-    async def forget(self, scope: str, key: str) -> bool:
-        """Delete the record and its marker; returns whether there was a record.
+    async def forget(
+        self, scope: str, key: str, *, expect_token: int | None = None, actor: str = "", reason: str | None = None
+    ) -> AuditEntry | None:
+        """Delete the record and its marker; returns what was done, or None if there was no record.
 
-        Raises `InProgressError` while a holder's lease lives: its finish would bring the record back.
+        Raises `InProgressError` while a holder's lease lives: its finish would bring the record back; `ConflictError`
+        where `expect_token` is given and the record has another fencing token. A store that keeps an audit writes
+        there in the same step who did it and why.
         """
         ...
 
-    async def resolve(self, scope: str, key: str, outcome: EncodedOutcome | None) -> Record | None:
+    async def resolve(
+        self,
+        scope: str,
+        key: str,
+        outcome: EncodedOutcome | None,
+        *,
+        expect_token: int | None = None,
+        actor: str = "",
+        reason: str | None = None,
+    ) -> AuditEntry | None:
         """End `in_doubt`, `parked` or an overdue `running`: by this outcome, or (None) by releasing it.
 
         Sets a new fencing token in the same step, so that a late holder's finish misses. A release starts its
-        failures and crashes again. Returns the record as it is now, or None if there is none. Raises
-        `InProgressError` while a holder's lease lives, and `ConflictError` if the record has ended already.
+        failures and crashes again. Returns what was done, or None if there is no record. Raises `InProgressError`
+        while a holder's lease lives, and `ConflictError` if the record has ended already, or has another fencing
+        token than was expected. Audited as `forget` is.
+        """
+        ...
+
+    async def audit(self, *, scope: str | None, key: str | None, limit: int) -> list[AuditEntry]:
+        """Return what was done to the records of this scope and key, if given, the last first, up to `limit`.
+
+        Raises `ConfigurationError` where none is kept: the events `resolved` and `forgotten` tell the same.
         """
         ...
 
     async def records(
-        self, *, state: State | None, scope: str | None, after: tuple[str, str] | None, limit: int
+        self,
+        *,
+        state: State | None,
+        scope: str | None,
+        after: tuple[str, str] | None,
+        limit: int,
+        attention: bool = False,
     ) -> list[Record]:
-        """Return up to `limit` records in the order of scope and key, beginning after the given one."""
+        """Return up to `limit` records in the order of scope and key, beginning after the given one.
+
+        `attention`: only those that a person should look at, in doubt, parked or failed.
+        """
         ...
 
     async def stats(self) -> dict[State, int]:
@@ -137,6 +189,179 @@ class Store(Protocol):
     async def close(self) -> None:
         """Close this runtime's connections; the store opens new ones if it is used again."""
         ...
+
+
+def refuse_if_moved(scope: str, key: str, state: str, fencing_token: int, expected: int | None) -> None:
+    """Raise `ConflictError` for a record that is not the one any more that a person has seen."""
+    if expected is not None and fencing_token != expected:
+        raise ConflictError(
+            f"{scope} {key!r} has changed since you looked: it is {state} now, with fencing token {fencing_token} "
+            f"instead of {expected}; nothing was done",
+            scope=scope,
+            key=key,
+        )
+
+
+# A transaction of the user's own, in which the handler writes and its outcome is committed.
+
+
+class Transaction(Protocol):
+    """A user's session for one run of a handler: all that is written in it is committed together, or not at all.
+
+    Under a claim the outcome is its last write, under the claim's fence. Every verb may be begun again.
+    """
+
+    @property
+    def session(self) -> Any:
+        """What the handler writes through."""
+        ...
+
+    @property
+    def commit_begun(self) -> bool:
+        """Whether `commit` was called: whatever became of it, it must not be called again."""
+        ...
+
+    @property
+    def may_be_committed(self) -> bool:
+        """Whether a commit was sent, so that only `look` can tell."""
+        ...
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether its connection to the database broke, and with it all that was not committed."""
+        ...
+
+    async def begin(self) -> Finished | Lost | None:
+        """Begin, and see to it that the record is there under this claim; tell who has it if it is not.
+
+        Raises `ConfigurationError` for a session that cannot be used: of another database, in another runtime, in
+        AUTOCOMMIT, or in a transaction already; and what the database answers.
+        """
+        ...
+
+    async def commit(self, outcome: EncodedOutcome) -> bool:
+        """Write the outcome as the last thing and commit; False, and nothing is committed, if the fence missed.
+
+        Raises what the database answers, `StoreUnavailableError` if it does not, and `ConfigurationError` if the
+        handler tried to commit by itself (F63).
+        """
+        ...
+
+    async def roll_back(self, *, throw_away: bool) -> None:
+        """Undo everything that is not committed; `throw_away` the connection on which something struck."""
+        ...
+
+    async def look(self) -> Recorded | Finished | Lost | None:
+        """Tell, on a connection of the store's own, how this ended; None: nothing is committed, the claim stands."""
+        ...
+
+    async def close(self) -> None:
+        """End the session, if it was made for this run."""
+        ...
+
+    def is_conflict(self, error: BaseException) -> bool:
+        """Tell whether a deadlock or a serialization failure undid everything, so that it may be begun again."""
+        ...
+
+    def check_steps(self) -> None:
+        """Raise `ConfigurationError` where no step can be written while this transaction is open."""
+        ...
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Raise `ConfigurationError` for whatever is done in the session meanwhile, and refuse to commit then.
+
+        A step's outcome is committed apart from the session: what it did there would be missing at its replay.
+        """
+        ...
+
+
+class SessionSource(Protocol):
+    """Where the sessions of a handler come from: what was given as `session=`."""
+
+    def unfenced(self, given: Any) -> Transaction:
+        """Return a transaction that no claim guards; `given` is the caller's own session, if there is one."""
+        ...
+
+
+class SQLRecords(Protocol):
+    """A store whose records can be written in a transaction of the user's own."""
+
+    def finish_in(self, connection: Any, lease: Lease, outcome: EncodedOutcome) -> bool:
+        """Write the outcome in the transaction of a connection of the user's; False if the fence missed."""
+        ...
+
+    async def look(self, lease: Lease, outcome: EncodedOutcome) -> Recorded | Finished | Lost | None:
+        """Tell whether that transaction was committed; None: it was not, and the lease stands."""
+        ...
+
+
+def sql_records(store: Any) -> SQLRecords:
+    """Return the store as one that has `finish_in`; raises `ConfigurationError` where the records are not in SQL."""
+    if not hasattr(store, "finish_in"):
+        raise ConfigurationError(f"finish_in needs records in SQL; a {type(store).__name__} has them elsewhere")
+    records: SQLRecords = store
+    return records
+
+
+def transaction_of(store: Any, lease: Lease, source: SessionSource, given: Any) -> Transaction:
+    """Return a transaction under this lease; raises `ConfigurationError` where the records are not in SQL.
+
+    No store needs to have it: `transaction` is not among the verbs of `Store`.
+    """
+    begin = getattr(store, "transaction", None)
+    if begin is None:
+        raise ConfigurationError(
+            f"session= needs records in SQL, where they can be committed with the handler's own writes; "
+            f"a {type(store).__name__} has them elsewhere"
+        )
+    transaction: Transaction = begin(lease, source, given)
+    return transaction
+
+
+# The outbox: messages that are written with an outcome, in one step, and wait there to be sent.
+
+
+class Outbox(Protocol):
+    """Keeps the messages of recorded outcomes until they are sent, in order for each scope and key.
+
+    A store has one as its attribute `outbox`, or none. Then `finish` and `write_through` write the outcome's
+    `messages` in the same step as the outcome, and not where that is not recorded by them.
+    """
+
+    async def take(
+        self, owner: str, *, lease: float, limit: int, of: tuple[str, str] | None = None
+    ) -> list[OutboxMessage]:
+        """Lease up to `limit` messages that are due to `owner` for `lease` seconds, in the order to send them in.
+
+        A key whose first message is leased or waits after a failure is passed over, with all its messages; and one
+        that is locked just now. `of`: only those of this scope and key.
+        """
+        ...
+
+    async def settle(
+        self, owner: str, *, sent: Sequence[OutboxMessage], failed: Sequence[FailedSend], rest: Sequence[OutboxMessage]
+    ) -> None:
+        """Delete what was sent, let what failed wait, and give the rest back at once, so far as `owner` has it yet."""
+        ...
+
+    async def count(self) -> int:
+        """Return how many messages there are, whatever they wait for."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FailedSend:
+    """A message that was not sent: `error_type` says why, and in `delay` seconds it is tried again."""
+
+    message: OutboxMessage
+    delay: float
+    error_type: str
+
+
+def outbox_of(store: Store) -> Outbox | None:
+    """Return the store's outbox, or None: stores need not have one."""
+    outbox: Outbox | None = getattr(store, "outbox", None)
+    return outbox
 
 
 # The marker tier. A marker is a shield, never the truth: it may vanish at any moment.
@@ -205,11 +430,12 @@ class Marker(Protocol):
         """Extend our own running markers and put back those that are gone; leave everybody else's."""
         ...
 
-    async def publish(self, scope: str, key: str, owner: str, finished: Finished, ttl: float) -> None:
-        """Replace our own running or pending marker by the finished outcome; leave anything else, or nothing.
+    async def publish(self, request: ClaimRequest, finished: Finished, ttl: float) -> None:
+        """Replace the running marker that this very take set by the finished outcome; leave another's, or nothing.
 
-        A marker that a renewal put back is deleted instead: that renewal may have been on its way while a person
-        forgot the record, and an outcome in its place would answer for it (F53). The next duplicate asks the record.
+        Any other marker of this owner is deleted: a renewal that put it back, an earlier take or a pending outcome,
+        which were given up by their sender, may have been on their way while a person forgot the record, and an
+        outcome in their place would answer for it (F53). The next duplicate asks the record, and publishes.
         """
         ...
 
@@ -243,3 +469,40 @@ class RecordTier(Store, Protocol):
         Returns whether that outcome is recorded now (also if it was already).
         """
         ...
+
+
+# The journal of steps. A store need not have one.
+
+
+class StepJournal(Protocol):
+    """Keeps the outcome of each step of a handler, beside the record and for as long as it lives.
+
+    Steps belong to one generation of a record, and are deleted with it by `forget` and `purge`. `position` counts
+    them from 1 in the order in which a handler begins them. A store with these verbs also keeps `Release.parked`.
+    """
+
+    async def begin_step(self, lease: Lease, position: int, name: str) -> StepBegun | StepFinished | StepsDiffer | Lost:
+        """Write that the step begins, or return the outcome it has, in one atomic step.
+
+        `Lost` unless the record is running under this lease's fencing token and owner. May be sent again.
+        """
+        ...
+
+    async def finish_step(
+        self, lease: Lease, position: int, name: str, outcome: EncodedOutcome
+    ) -> Recorded | StepFinished | Lost:
+        """Write the step's outcome under the same fence as `Store.finish`, unless it has one.
+
+        The first wins, and `StepFinished` tells it. `Recorded` too when an earlier try took effect.
+        """
+        ...
+
+
+def journal_of(store: Store) -> StepJournal:
+    """Return the store as what keeps steps; raises `ConfigurationError` if it does not."""
+    if not hasattr(store, "begin_step"):
+        raise ConfigurationError(
+            f"{type(store).__name__} keeps no steps: claim.step() needs records in SQL (or in memory, for tests), "
+            "so give a database_url"
+        )
+    return cast(StepJournal, store)

@@ -1,6 +1,6 @@
 """Markers as values of Redis keys: what they look like, and how each verb changes one in one atomic step.
 
-A marker is `running:<owner>:<fingerprint>`, `running:<owner>:put back` after a renewal that found none,
+A marker is `running:<owner>:<number of the take>`, `running:<owner>:put back` after a renewal that found none,
 `pending:<owner>:<outcome>` or `finished:<outcome>`. The part in front of an outcome is text, so that a script can tell
 whose marker stands there; the outcome is MessagePack.
 Nothing here imports a client: `Server` is all that is needed of one.
@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from idem_tasks.claims import ClaimRequest, EncodedOutcome, Finished, Lease, NotKept, State
+from idem_tasks.claims import ClaimRequest, EncodedOutcome, Finished, Lease, NotKept, OutboxMessage, State
 from idem_tasks.errors import StoreError
 from idem_tasks.stores.base import MarkerAnswer, MarkerFinished, MarkerPending, MarkerRunning, MarkerTaken
 from idem_tasks.stores.lua import script
@@ -51,6 +51,15 @@ class Server(Protocol):
         ...
 
 
+class _Message(msgspec.Struct, array_like=True, frozen=True):
+    """A message of a pending outcome; scope, key and fencing token are the marker's own."""
+
+    id: str
+    number: int
+    to: str
+    content: bytes
+
+
 class _Outcome(msgspec.Struct, array_like=True, frozen=True):
     """An outcome in a marker. New fields go last and get a default: markers of two versions meet in an upgrade."""
 
@@ -64,6 +73,7 @@ class _Outcome(msgspec.Struct, array_like=True, frozen=True):
     fencing_token: int | None
     traceparent: str | None
     expires_at: float
+    messages: tuple[_Message, ...] = ()
 
     @classmethod
     def of(
@@ -86,10 +96,11 @@ class _Outcome(msgspec.Struct, array_like=True, frozen=True):
             fencing_token=fencing_token,
             traceparent=traceparent,
             expires_at=time.time() + expires_in,
+            messages=tuple(_Message(each.id, each.number, each.to, each.content) for each in outcome.messages),
         )
 
-    @property
-    def encoded(self) -> EncodedOutcome:
+    def encoded(self, scope: str, key: str) -> EncodedOutcome:
+        token = self.fencing_token or 0
         return EncodedOutcome(
             State.FAILED if self.state == "failed" else State.COMPLETED,
             self.body,
@@ -97,6 +108,7 @@ class _Outcome(msgspec.Struct, array_like=True, frozen=True):
             self.not_kept,
             self.error_type,
             self.error_message,
+            tuple(OutboxMessage(m.id, scope, key, token, m.number, m.to, m.content) for m in self.messages),
         )
 
 
@@ -135,8 +147,9 @@ def _pending(owner: str) -> bytes:
     return b"pending:%s:" % owner.encode()
 
 
-def _running_value(request: ClaimRequest) -> bytes:
-    return _running(request.owner) + (request.fingerprint or "").encode()
+def _taken_value(request: ClaimRequest) -> bytes:
+    """Return the marker that this very take sets; nothing stands for one that nobody heard of."""
+    return b"" if request.take is None else _running(request.owner) + b"%d" % request.take
 
 
 def _put_back_value(owner: str) -> bytes:
@@ -160,10 +173,10 @@ class RedisMarkers:
         nothing is guessed.
         """
         key = self._place(request.scope, request.key)
-        value, lease = _running_value(request), milliseconds(request.policy.lease)
+        value, lease = _taken_value(request), milliseconds(request.policy.lease)
         standing = await self._server.set_if_absent(key, value, lease)
         if standing is None or not standing.startswith(b"running:"):
-            return _not_running(standing, key)
+            return _not_running(standing, key, request)
         if standing.startswith(_running(request.owner)):
             # Ours already: the first try was stored and its reply lost (F22).
             return MarkerTaken()
@@ -172,7 +185,7 @@ class RedisMarkers:
             # Its holder's lease is longer than ours, or it has ended meanwhile and this is the life of its outcome.
             now_standing = await self._server.set_if_absent(key, value, lease)
             if now_standing is None or not now_standing.startswith(b"running:"):
-                return _not_running(now_standing, key)
+                return _not_running(now_standing, key, request)
             left = left if now_standing == standing else 0.0
         return MarkerRunning(left)
 
@@ -200,11 +213,8 @@ class RedisMarkers:
             ],
         )
 
-    async def publish(self, scope: str, key: str, owner: str, finished: Finished, ttl: float) -> None:
-        """Replace our own running or pending marker by the outcome for `ttl` seconds; leave anything else (F53).
-
-        One that a renewal put back is deleted instead.
-        """
+    async def publish(self, request: ClaimRequest, finished: Finished, ttl: float) -> None:
+        """Replace the marker that this take set by the outcome for `ttl` seconds; delete any other of ours (F53)."""
         value = _Outcome.of(
             finished.outcome,
             fingerprint=finished.fingerprint,
@@ -214,10 +224,10 @@ class RedisMarkers:
         )
         await self._server.run(
             _PUBLISH,
-            self._place(scope, key),
-            _put_back_value(owner),
-            _running(owner),
-            _pending(owner),
+            self._place(request.scope, request.key),
+            _taken_value(request),
+            _running(request.owner),
+            _pending(request.owner),
             b"finished:" + _encode(value),
             milliseconds(ttl),
         )
@@ -258,31 +268,33 @@ _NO_EXPIRY = -1
 """What PTTL answers for a key without a time to live."""
 
 
-def _not_running(standing: bytes | None, key: bytes) -> MarkerAnswer:
+def _not_running(standing: bytes | None, key: bytes, request: ClaimRequest) -> MarkerAnswer:
     """What a marker says that is not running; None: there was none, and ours was set."""
     if standing is None:
         return MarkerTaken()
     kind, _, rest = standing.partition(b":")
     if kind == b"finished":
-        return _read_finished(rest, key)
+        return _read_finished(rest, key, request)
     if kind == b"pending":
-        return _read_pending(rest, standing, key)
+        return _read_pending(rest, standing, key, request)
     raise _unreadable(key)
 
 
-def _read_finished(text: bytes, key: bytes) -> MarkerFinished:
+def _read_finished(text: bytes, key: bytes, request: ClaimRequest) -> MarkerFinished:
     found = _read(text, key)
     # By the workers' clocks, for want of a second round trip. Only Redis' own time to live decides how long it stands.
     left = max(found.expires_at - time.time(), 0.0)
-    return MarkerFinished(Finished(found.encoded, found.fingerprint, left, found.fencing_token, found.traceparent))
+    encoded = found.encoded(request.scope, request.key)
+    return MarkerFinished(Finished(encoded, found.fingerprint, left, found.fencing_token, found.traceparent))
 
 
-def _read_pending(text: bytes, raw: bytes, key: bytes) -> MarkerPending:
+def _read_pending(text: bytes, raw: bytes, key: bytes, request: ClaimRequest) -> MarkerPending:
     owner, _, rest = text.partition(b":")
     found = _read(rest, key)
     if found.fencing_token is None:
         raise _unreadable(key)
-    return MarkerPending(owner.decode("utf-8", "replace"), found.fencing_token, found.fingerprint, found.encoded, raw)
+    encoded = found.encoded(request.scope, request.key)
+    return MarkerPending(owner.decode("utf-8", "replace"), found.fencing_token, found.fingerprint, encoded, raw)
 
 
 def _read(text: bytes, key: bytes) -> _Outcome:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 
 from idem_tasks.claims import (
+    Action,
+    AuditEntry,
     ClaimAnswer,
     ClaimRequest,
     EncodedOutcome,
@@ -26,11 +29,16 @@ from idem_tasks.claims import (
     Release,
     Released,
     State,
+    StepBegun,
+    StepFinished,
+    StepsDiffer,
+    action_of,
     new_owner,
 )
 from idem_tasks.errors import ConflictError, InProgressError
 from idem_tasks.events import Announcer
-from idem_tasks.stores.base import MarkerPending, RuntimeName
+from idem_tasks.stores.base import MarkerPending, RuntimeName, refuse_if_moved
+from idem_tasks.stores.memory_outbox import MemoryOutbox
 
 _ENDED = (State.COMPLETED, State.FAILED)
 _PURGEABLE = (*_ENDED, State.RELEASED)
@@ -40,8 +48,19 @@ _FENCED = (State.RUNNING, State.IN_DOUBT)
 _SWEEP_FLOOR = 1000
 """Records below which nothing is swept: a few hundred kilobytes are not worth a walk over all of them."""
 
+_AUDIT_LIMIT = 1000
+"""Entries of the audit that are kept: this store is for tests and for programs that end."""
+
 _MESSAGE_LIMIT = 2000
 """Characters of an error message that are kept: enough for people, and no place for a whole document."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """One step that a handler began; its outcome once it is finished."""
+
+    name: str
+    outcome: EncodedOutcome | None = None
 
 
 @dataclass(slots=True)
@@ -71,6 +90,7 @@ class _Row:
     holder: str = ""
     attention: str | None = None
     traceparent: str | None = None
+    steps: dict[int, _Step] = field(default_factory=dict)
 
     def obeys(self, owner: str, fencing_token: int) -> bool:
         """Tell whether this claim was the last to be granted: the fence."""
@@ -163,8 +183,11 @@ class MemoryStore:
         self._clock = time.time if clock is None else clock
         self._lock = threading.Lock()
         self._rows: dict[tuple[str, str], _Row] = {}
+        self._audit: deque[AuditEntry] = deque(maxlen=_AUDIT_LIMIT)
         self._last_token = 0
         self._sweep_at = _SWEEP_FLOOR
+        self.outbox = MemoryOutbox(self._clock, self._lock)
+        """The messages of recorded outcomes that wait to be sent."""
 
     def on(self, runtime: RuntimeName, announce: Announcer) -> MemoryStore:
         """Return this very store: memory is the same for both runtimes."""
@@ -213,11 +236,38 @@ class MemoryStore:
             row.state = State.PARKED
             row.attention = "parked"
             return Parked(row.crashes, row.failures, new=True)
-        if request.policy.on_crash == "hold":
+        if request.policy.doubts:
             row.state = State.IN_DOUBT
             row.attention = "in_doubt"
-            return InDoubt(new=True)
+            return InDoubt(new=True, dead=row.lease_to(replace(request, owner=row.owner)))
         return self._grant(row, request, now, taken_over=True)
+
+    async def decide(
+        self, dead: Lease, request: ClaimRequest, outcome: EncodedOutcome | None
+    ) -> Granted | Finished | Lost:
+        """End the doubt about this dead claim: by this outcome, or (None) by granting the record to `request`."""
+        with self._lock:
+            now = self._clock()
+            row = self._rows.get((dead.scope, dead.key))
+            if row is None:
+                return Lost()
+            if row.owner == request.owner:
+                # Decided before, and the answer did not arrive (F21).
+                if row.state is State.RUNNING:
+                    row.lease_expires_at = now + request.policy.lease
+                    return Granted(replace(row.lease_to(request), taken_over=True))
+                return row.as_finished(now) if row.state in _ENDED else Lost()
+            if row.state is not State.IN_DOUBT or not row.obeys(dead.owner, dead.fencing_token):
+                return Lost()
+            before, answer = (row.state, row.fencing_token), None
+            if outcome is None:
+                answer = self._grant(row, request, now, taken_over=True)
+            else:
+                row.owner = request.owner
+                row.fencing_token = self._next_token(now)
+                row.record_outcome(outcome, now, request.policy.retention)
+            self._write_audit("answer", request.holder, None, row, before, now)
+            return answer or row.as_finished(now)
 
     def _grant(self, row: _Row, request: ClaimRequest, now: float, taken_over: bool = False) -> Granted:
         policy = request.policy
@@ -250,6 +300,7 @@ class MemoryStore:
         row.outcome = row.codec = row.not_kept = row.error_type = row.error_message = None
         row.created_at = now
         row.completed_at = None
+        row.steps.clear()
 
     def _next_token(self, now: float) -> int:
         """Rise over every token ever given, also when the record was deleted or the clock stepped back (F10)."""
@@ -290,6 +341,7 @@ class MemoryStore:
             if row.obeys(lease.owner, lease.fencing_token):
                 if row.state in _FENCED:
                     row.record_outcome(outcome, now, lease.policy.retention)
+                    self.outbox.add(outcome.messages)
                 if row.state in _ENDED:
                     return Recorded()
             return row.as_finished(now) if row.state in _ENDED else Lost()
@@ -322,12 +374,36 @@ class MemoryStore:
         if release.in_doubt:
             row.state = State.IN_DOUBT
             row.attention = "in_doubt"
-        elif release.failed and _reached(lease.policy.max_attempts, row.failures):
+        elif release.parked or (release.failed and _reached(lease.policy.max_attempts, row.failures)):
             row.state = State.PARKED
             row.attention = "parked"
         else:
             row.state = State.RELEASED
             row.attention = None
+
+    async def begin_step(self, lease: Lease, position: int, name: str) -> StepBegun | StepFinished | StepsDiffer | Lost:
+        """Note that the step begins, or return the outcome it has."""
+        with self._lock:
+            row = self._rows.get((lease.scope, lease.key))
+            if row is None or row.state is not State.RUNNING or not row.obeys(lease.owner, lease.fencing_token):
+                return Lost()
+            step = row.steps.setdefault(position, _Step(name))
+            if step.name != name:
+                return StepsDiffer(tuple(row.steps[at].name for at in sorted(row.steps)))
+            return StepBegun() if step.outcome is None else StepFinished(step.outcome)
+
+    async def finish_step(
+        self, lease: Lease, position: int, name: str, outcome: EncodedOutcome
+    ) -> Recorded | StepFinished | Lost:
+        """Keep the step's outcome unless it has one."""
+        with self._lock:
+            row = self._rows.get((lease.scope, lease.key))
+            if row is None or row.state not in _FENCED or not row.obeys(lease.owner, lease.fencing_token):
+                return Lost()
+            step = row.steps.setdefault(position, _Step(name))
+            if step.outcome is None:
+                step.outcome = outcome
+            return Recorded() if step.outcome == outcome else StepFinished(step.outcome)
 
     async def write_through(self, scope: str, key: str, pending: MarkerPending, retention: float) -> bool:
         """Record a pending outcome under the fence of the claim that made it; never inserts."""
@@ -337,6 +413,7 @@ class MemoryStore:
                 return False
             if row.state in _FENCED:
                 row.record_outcome(pending.outcome, self._clock(), retention)
+                self.outbox.add(pending.outcome.messages)
             return row.state in _ENDED
 
     async def get(self, scope: str, key: str) -> Record | None:
@@ -345,28 +422,43 @@ class MemoryStore:
             row = self._rows.get((scope, key))
             return None if row is None else row.as_record(self._clock())
 
-    async def forget(self, scope: str, key: str) -> bool:
-        """Delete the record; returns whether there was one. Raises `InProgressError` while its lease lives."""
-        with self._lock:
-            row = self._rows.get((scope, key))
-            if row is None:
-                return False
-            self._refuse_if_held(row, self._clock())
-            del self._rows[scope, key]
-            return True
-
-    async def resolve(self, scope: str, key: str, outcome: EncodedOutcome | None) -> Record | None:
-        """End `in_doubt`, `parked` or an overdue `running`: by this outcome, or (None) by releasing it.
-
-        The outcome is kept for at least the retention of the last claim. Raises `InProgressError` while a holder's
-        lease lives, and `ConflictError` for a record that has ended or was released already.
-        """
+    async def forget(
+        self, scope: str, key: str, *, expect_token: int | None = None, actor: str = "", reason: str | None = None
+    ) -> AuditEntry | None:
+        """Delete the record; returns what was done, or None where there is none. Raises as `Store.forget` says."""
         with self._lock:
             now = self._clock()
             row = self._rows.get((scope, key))
             if row is None:
                 return None
             self._refuse_if_held(row, now)
+            refuse_if_moved(scope, key, row.state, row.fencing_token, expect_token)
+            del self._rows[scope, key]
+            before = row.state, row.fencing_token
+            return self._write_audit("forget", actor, reason, row, before, now, gone=True)
+
+    async def resolve(
+        self,
+        scope: str,
+        key: str,
+        outcome: EncodedOutcome | None,
+        *,
+        expect_token: int | None = None,
+        actor: str = "",
+        reason: str | None = None,
+    ) -> AuditEntry | None:
+        """End `in_doubt`, `parked` or an overdue `running`: by this outcome, or (None) by releasing it.
+
+        The outcome is kept for at least the retention of the last claim. Raises as `Store.resolve` says.
+        """
+        with self._lock:
+            now = self._clock()
+            row = self._rows.get((scope, key))
+            if row is None:
+                return None
+            before = row.state, row.fencing_token
+            self._refuse_if_held(row, now)
+            refuse_if_moved(scope, key, row.state, row.fencing_token, expect_token)
             if row.state in _PURGEABLE:
                 raise ConflictError(f"{scope} {key!r} is {row.state.value} already", scope=scope, key=key)
             row.owner = new_owner()
@@ -378,14 +470,54 @@ class MemoryStore:
                 row.failures = row.crashes = 0
             else:
                 row.record_outcome(outcome, now, retention=row.expires_at - row.created_at)
-            return row.as_record(now)
+            return self._write_audit(action_of(outcome), actor, reason, row, before, now)
+
+    async def audit(self, *, scope: str | None, key: str | None, limit: int) -> list[AuditEntry]:
+        """Return what was done to the records of this scope and key, if given, the last first; 1,000 are kept."""
+        with self._lock:
+            wanted = (
+                entry for entry in reversed(self._audit) if scope in (None, entry.scope) and key in (None, entry.key)
+            )
+            return list(islice(wanted, limit))
+
+    def _write_audit(
+        self,
+        action: Action,
+        actor: str,
+        reason: str | None,
+        row: _Row,
+        before: tuple[State, int],
+        now: float,
+        *,
+        gone: bool = False,
+    ) -> AuditEntry:
+        entry = AuditEntry(
+            at=_datetime(now),
+            actor=actor,
+            action=action,
+            scope=row.scope,
+            key=row.key,
+            state_before=before[0],
+            state_after=None if gone else row.state,
+            token_before=before[1],
+            token_after=None if gone else row.fencing_token,
+            reason=reason,
+        )
+        self._audit.append(entry)
+        return entry
 
     def _refuse_if_held(self, row: _Row, now: float) -> None:
         if row.is_held(now):
             raise InProgressError(scope=row.scope, key=row.key, retry_after=row.lease_expires_at - now)
 
     async def records(
-        self, *, state: State | None, scope: str | None, after: tuple[str, str] | None, limit: int
+        self,
+        *,
+        state: State | None,
+        scope: str | None,
+        after: tuple[str, str] | None,
+        limit: int,
+        attention: bool = False,
     ) -> list[Record]:
         """Return up to `limit` records in the order of scope and key, beginning after the given one."""
         with self._lock:
@@ -396,6 +528,7 @@ class MemoryStore:
                 if (state is None or row.state is state)
                 and (scope is None or row.scope == scope)
                 and (after is None or place > after)
+                and (row.attention is not None or not attention)
             )
             return [self._rows[place].as_record(now) for place in chosen[:limit]]
 

@@ -27,7 +27,8 @@ _SWEEP_FLOOR = 1000
 class _Running:
     owner: str
     expires_at: float
-    put_back: bool = False
+    take: int | None
+    """The take that set it; None: a renewal put it back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class MemoryMarker:
             match self._standing(place, now):
                 case None:
                     self._sweep(now)
-                    self._markers[place] = _Running(request.owner, now + request.policy.lease)
+                    self._markers[place] = _Running(request.owner, now + request.policy.lease, request.take)
                     return MarkerTaken()
                 case _Running(owner, expires_at):
                     # Ours already: the answer to our first try did not arrive (F22).
@@ -94,33 +95,26 @@ class MemoryMarker:
         with self._lock:
             now = self._clock()
             for lease in leases:
+                take: int | None
                 match self._standing((lease.scope, lease.key), now):
                     case None:
-                        put_back = True
-                    case _Running(owner, _, put_back) if owner == lease.owner:
+                        take = None
+                    case _Running(owner, _, take) if owner == lease.owner:
                         pass
                     case _:
                         continue
-                self._markers[lease.scope, lease.key] = _Running(lease.owner, now + lease.policy.lease, put_back)
+                self._markers[lease.scope, lease.key] = _Running(lease.owner, now + lease.policy.lease, take)
 
-    async def publish(self, scope: str, key: str, owner: str, finished: Finished, ttl: float) -> None:
-        """Replace our own running or pending marker for `ttl` seconds; leave anything else, or nothing (F53).
-
-        One that a renewal put back is deleted instead.
-        """
+    async def publish(self, request: ClaimRequest, finished: Finished, ttl: float) -> None:
+        """Replace the marker that this take set by the outcome for `ttl` seconds; delete any other of ours (F53)."""
+        place = (request.scope, request.key)
         with self._lock:
             now = self._clock()
-            match self._standing((scope, key), now):
-                case _Running(holder, _, True) if holder == owner:
-                    del self._markers[scope, key]
-                    return
-                case _Running(holder) if holder == owner:
-                    pass
-                case _Pending(lease) if lease.owner == owner:
-                    pass
-                case _:
-                    return
-            self._markers[scope, key] = _Finished(finished, now, now + ttl)
+            match self._standing(place, now):
+                case _Running(owner, _, take) if owner == request.owner and take is not None and take == request.take:
+                    self._markers[place] = _Finished(finished, now, now + ttl)
+                case _Running(owner) | _Pending(Lease(ClaimRequest(owner=owner))) if owner == request.owner:
+                    del self._markers[place]
 
     async def keep(self, lease: Lease, outcome: EncodedOutcome) -> bool:
         """Keep a pending outcome for the retention, over our own marker or none; False if it was not kept."""

@@ -7,10 +7,13 @@ one in doubt or parked: Redis is no place for what has to wait for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from idem_tasks.claims import (
+    Action,
+    AuditEntry,
     ClaimAnswer,
     ClaimRequest,
     EncodedOutcome,
@@ -26,9 +29,11 @@ from idem_tasks.claims import (
     Release,
     Released,
     State,
+    action_of,
     new_owner,
 )
-from idem_tasks.errors import ConflictError, InProgressError, StoreError
+from idem_tasks.errors import ConfigurationError, ConflictError, InProgressError, StoreError
+from idem_tasks.stores.base import refuse_if_moved
 from idem_tasks.stores.lua import script
 from idem_tasks.stores.marker import Argument, Server, place, printable
 
@@ -40,7 +45,8 @@ _TYPE_LIMIT = 500
 _MESSAGE_LIMIT = 2000
 """Characters of an error that are kept: enough for people, and no place for a whole document."""
 
-_CLAIM = script("record", "claim")
+_CLAIM = script("record", "grant", "claim")
+_DECIDE = script("record", "grant", "decide")
 _FINISH = script("record", "finish")
 _RESTORE = script("record", "restore")
 _RELEASE = script("record", "release")
@@ -83,32 +89,49 @@ class RedisRecords:
             _microseconds(policy.max_hold),
             _microseconds(policy.retention),
             _microseconds(_WAITING),
-            policy.on_crash.encode(),
+            b"hold" if policy.doubts else b"rerun",
             -1 if policy.max_crashes is None else policy.max_crashes,
-            *_present(fingerprint=request.fingerprint, holder=request.holder, traceparent=request.traceparent),
+            *_granted_fields(request),
         )
         match row.word:
             case "granted" | "taken_over":
-                return Granted(
-                    Lease(
-                        request,
-                        row.number("fencing_token"),
-                        attempts=row.number("attempts"),
-                        failures=row.number("failures"),
-                        crashes=row.number("crashes"),
-                        generation=row.number("generation"),
-                        taken_over=row.word == "taken_over",
-                    )
-                )
+                return Granted(row.lease(request, taken_over=row.word == "taken_over"))
             case "finished":
                 return row.finished()
             case "running":
                 return InProgress(row.lease_left())
-            case "in_doubt" | "newly_in_doubt":
-                return InDoubt(new=row.word == "newly_in_doubt")
+            case "in_doubt":
+                return InDoubt()
+            case "newly_in_doubt":
+                return InDoubt(new=True, dead=row.lease(replace(request, owner=row.text("owner") or "")))
             case "parked" | "newly_parked":
                 return Parked(row.number("crashes"), row.number("failures"), new=row.word == "newly_parked")
         raise _unreadable(request.scope, request.key)
+
+    async def decide(
+        self, dead: Lease, request: ClaimRequest, outcome: EncodedOutcome | None
+    ) -> Granted | Finished | Lost:
+        """End the doubt about this dead claim: by this outcome, or (None) by granting the record to `request`."""
+        policy = request.policy
+        row = await self._run(
+            _DECIDE,
+            request.scope,
+            request.key,
+            request.owner.encode(),
+            _microseconds(policy.lease),
+            _microseconds(policy.max_hold),
+            _microseconds(policy.retention),
+            _microseconds(_WAITING),
+            *_fence(dead),
+            (State.RUNNING if outcome is None else outcome.state).value.encode(),
+            *(_granted_fields(request) if outcome is None else _outcome_fields(outcome)),
+        )
+        match row.word:
+            case "taken_over":
+                return Granted(row.lease(request, taken_over=True))
+            case "finished":
+                return row.finished()
+        return Lost()
 
     async def renew(self, leases: Sequence[Lease], still_held: Callable[[str], bool]) -> frozenset[str]:
         """Extend these leases by their policy's `lease` from now; return the owners of those extended.
@@ -204,24 +227,40 @@ class RedisRecords:
         row = _Row.read(await self._records.run(_READ, place(self._record_prefix, scope, key)))
         return row.record(scope, key) if row.fields else None
 
-    async def forget(self, scope: str, key: str) -> bool:
-        """Delete the record; returns whether there was one. Raises `InProgressError` while its lease lives."""
-        row = await self._run(_FORGET, scope, key)
-        if row.word == "held":
-            raise InProgressError(scope=scope, key=key, retry_after=row.lease_left())
-        return row.word == "deleted"
+    async def forget(
+        self, scope: str, key: str, *, expect_token: int | None = None, actor: str = "", reason: str | None = None
+    ) -> AuditEntry | None:
+        """Delete the record; returns what was done, or None where there is none. Raises as `Store.forget` says."""
+        row = await self._run(_FORGET, scope, key, _expected(expect_token))
+        match row.word:
+            case "held":
+                raise InProgressError(scope=scope, key=key, retry_after=row.lease_left())
+            case "moved":
+                refuse_if_moved(scope, key, row.state(), row.number("fencing_token"), expect_token)
+            case "missing":
+                return None
+        return row.done("forget", scope, key, actor, reason)
 
-    async def resolve(self, scope: str, key: str, outcome: EncodedOutcome | None) -> Record | None:
+    async def resolve(
+        self,
+        scope: str,
+        key: str,
+        outcome: EncodedOutcome | None,
+        *,
+        expect_token: int | None = None,
+        actor: str = "",
+        reason: str | None = None,
+    ) -> AuditEntry | None:
         """End `in_doubt`, `parked` or an overdue `running`: by this outcome, or (None) by releasing it.
 
-        It is then kept for at least the retention of the last claim. Raises `InProgressError` while a holder's lease
-        lives, and `ConflictError` for a record that has ended or was released already.
+        It is then kept for at least the retention of the last claim. Raises as `Store.resolve` says.
         """
         row = await self._run(
             _RESOLVE,
             scope,
             key,
             new_owner().encode(),
+            _expected(expect_token),
             (State.RELEASED if outcome is None else outcome.state).value.encode(),
             *(() if outcome is None else _outcome_fields(outcome)),
         )
@@ -230,12 +269,27 @@ class RedisRecords:
                 return None
             case "held":
                 raise InProgressError(scope=scope, key=key, retry_after=row.lease_left())
+            case "moved":
+                refuse_if_moved(scope, key, row.state(), row.number("fencing_token"), expect_token)
             case "ended":
                 raise ConflictError(f"{scope} {key!r} is {row.state().value} already", scope=scope, key=key)
-        return row.record(scope, key)
+        return row.done(action_of(outcome), scope, key, actor, reason)
+
+    async def audit(self, *, scope: str | None, key: str | None, limit: int) -> list[AuditEntry]:
+        """Raise `ConfigurationError`: Redis is no place for what must not be lost."""
+        raise ConfigurationError(
+            "Redis keeps no audit: what people did is told by the events resolved and forgotten, which are logged; "
+            "records in SQL have one"
+        )
 
     async def records(
-        self, *, state: State | None, scope: str | None, after: tuple[str, str] | None, limit: int
+        self,
+        *,
+        state: State | None,
+        scope: str | None,
+        after: tuple[str, str] | None,
+        limit: int,
+        attention: bool = False,
     ) -> list[Record]:
         """Return up to `limit` records in the order of scope and key, beginning after the given one.
 
@@ -256,7 +310,8 @@ class RedisRecords:
             replies = await self._records.run_each(_READ, [(raw, ()) for _, raw in some])
             for (found, _), reply in zip(some, replies, strict=True):
                 row = _Row.read(reply)
-                if row.fields and (state is None or row.state() is state):
+                wanted = state is None or row.state() is state
+                if row.fields and wanted and ("attention" in row.fields or not attention):
                     chosen.append(row.record(*found))
         return chosen[:limit]
 
@@ -343,6 +398,34 @@ class _Row:
         left = max(self.number("expires_at") - self.now, 0) / 1_000_000
         return Finished(outcome, self.text("fingerprint"), left, self.number("fencing_token"), self.text("traceparent"))
 
+    def lease(self, request: ClaimRequest, *, taken_over: bool = False) -> Lease:
+        return Lease(
+            request,
+            self.number("fencing_token"),
+            attempts=self.number("attempts"),
+            failures=self.number("failures"),
+            crashes=self.number("crashes"),
+            generation=self.number("generation"),
+            taken_over=taken_over,
+        )
+
+    def done(self, action: Action, scope: str, key: str, actor: str, reason: str | None) -> AuditEntry:
+        """Describe what a person did; how it was before is in `was_*`, unless an earlier try did it."""
+        was = self.text("was_state")
+        is_gone = action == "forget"
+        return AuditEntry(
+            at=datetime.fromtimestamp(self.now / 1_000_000, UTC),
+            actor=actor,
+            action=action,
+            scope=scope,
+            key=key,
+            state_before=None if was is None else State(was),
+            state_after=None if is_gone else self.state(),
+            token_before=None if was is None else self.number("was_token"),
+            token_after=None if is_gone else self.number("fencing_token"),
+            reason=reason,
+        )
+
     def record(self, scope: str, key: str) -> Record:
         state = self.state()
         overdue = state is State.RUNNING and self.number("lease_expires_at") <= self.now
@@ -377,6 +460,10 @@ def _microseconds(seconds: float) -> int:
     return max(round(seconds * 1_000_000), 1)
 
 
+def _expected(token: int | None) -> bytes:
+    return b"" if token is None else str(token).encode()
+
+
 def _fence(lease: Lease) -> tuple[bytes, bytes]:
     return str(lease.fencing_token).encode(), lease.owner.encode()
 
@@ -387,6 +474,10 @@ def _error(of: EncodedOutcome | Release) -> dict[str, str | None]:
         "error_type": None if kind is None else kind[:_TYPE_LIMIT],
         "error_message": None if message is None else message[:_MESSAGE_LIMIT],
     }
+
+
+def _granted_fields(request: ClaimRequest) -> Iterator[bytes]:
+    yield from _present(fingerprint=request.fingerprint, holder=request.holder, traceparent=request.traceparent)
 
 
 def _outcome_fields(outcome: EncodedOutcome) -> Iterator[bytes]:

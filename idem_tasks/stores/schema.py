@@ -1,9 +1,9 @@
 """The tables, and the column types that make every database keep them alike.
 
-`records_table` describes what revision 0001 makes; a test holds the two together. Scope and key compare as bytes
-everywhere, because a collation that folds case or ignores trailing spaces makes two keys one (F51). Times are kept
-in UTC and come from the database's clock alone: PostgreSQL `timestamptz`, MariaDB and MySQL `DATETIME(6)`, SQLite
-text as `2030-01-31 23:59:59.123`, which sorts as it counts.
+`records_table` describes what revision 0001 makes, `steps_table` 0002, `audit_table` 0003, `outbox_table` 0004; tests
+hold them together. Scope and key compare as bytes everywhere, because a collation that folds case or ignores trailing
+spaces makes two keys one (F51). Times are kept in UTC and come from the database's clock alone: PostgreSQL
+`timestamptz`, MariaDB and MySQL `DATETIME(6)`, SQLite text as `2030-01-31 23:59:59.123`, which sorts as it counts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -30,6 +31,8 @@ from sqlalchemy import (
     types,
 )
 from sqlalchemy.dialects import mysql
+
+from idem_tasks.claims import STEP_NAME_BYTES
 
 SCOPE_BYTES = 191
 KEY_BYTES = 255
@@ -46,6 +49,12 @@ TRACEPARENT_CHARACTERS = 55
 DEFAULT_PREFIX = "idem_tasks_"
 
 _MYSQL_FAMILY = ("mysql", "mariadb")
+_INNODB: dict[str, Any] = {
+    "mysql_engine": "InnoDB",
+    "mariadb_engine": "InnoDB",
+    "mysql_charset": "utf8mb4",
+    "mariadb_charset": "utf8mb4",
+}
 
 
 class ByteText(types.TypeDecorator[str]):
@@ -100,8 +109,39 @@ class Instant(types.TypeDecorator[datetime]):
 OUTCOME = LargeBinary().with_variant(mysql.LONGBLOB(), *_MYSQL_FAMILY)
 """Bytes; a plain MySQL BLOB ends at 64 kB."""
 
+AUDIT_ID = BigInteger().with_variant(Integer(), "sqlite")
+"""SQLite numbers rows by itself only in a column of the type INTEGER."""
+
 FILLFACTOR = DDL("ALTER TABLE %(fullname)s SET (fillfactor = 70)")  # type: ignore[no-untyped-call]
 """Room in each page for the versions that claim, renewals and finish leave: HOT updates (measured: 90 %)."""
+
+
+@cache
+def audit_table(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Table:
+    """Return the table of what people did to records, always the same one for the same schema and prefix."""
+    name = f"{prefix}audit"
+    table = Table(
+        name,
+        MetaData(schema=schema),
+        # PostgreSQL: an identity, because a sequence of its own would need a right of its own.
+        Column("id", AUDIT_ID, Identity(), primary_key=True),
+        Column("at", Instant, nullable=False),
+        Column("actor", String(NAME_CHARACTERS), nullable=False),
+        Column("action", String(20), nullable=False),
+        Column("scope", ByteText(SCOPE_BYTES), nullable=False),
+        Column("key", ByteText(KEY_BYTES), nullable=False),
+        Column("state_before", String(9)),
+        Column("state_after", String(9)),
+        Column("token_before", BigInteger),
+        Column("token_after", BigInteger),
+        Column("reason", Text),
+        mysql_engine="InnoDB",
+        mariadb_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mariadb_charset="utf8mb4",
+    )
+    Index(f"{name}_place", table.c.scope, table.c.key)
+    return table
 
 
 @cache
@@ -135,14 +175,72 @@ def records_table(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Ta
         Column("attention", String(8)),
         Column("traceparent", String(TRACEPARENT_CHARACTERS)),
         PrimaryKeyConstraint("scope", "key"),
-        mysql_engine="InnoDB",
-        mariadb_engine="InnoDB",
-        mysql_charset="utf8mb4",
-        mariadb_charset="utf8mb4",
+        **_INNODB,
     )
     event.listen(table, "after_create", FILLFACTOR.execute_if(dialect="postgresql"))
     Index(f"{name}_expires_at", table.c.expires_at)
     attention = table.c.attention
     is_set = attention.is_not(None)
     Index(f"{name}_attention", attention, postgresql_where=is_set, sqlite_where=is_set)
+    return table
+
+
+@cache
+def steps_table(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Table:
+    """Return the table of the records' steps, always the same one for the same schema and prefix.
+
+    No foreign key: PostgreSQL could not partition the records then, and each write of a step would check it.
+    """
+    table = Table(
+        f"{prefix}steps",
+        MetaData(schema=schema),
+        Column("scope", ByteText(SCOPE_BYTES), nullable=False),
+        Column("key", ByteText(KEY_BYTES), nullable=False),
+        Column("generation", Integer, nullable=False),
+        Column("position", Integer, nullable=False),
+        Column("name", ByteText(STEP_NAME_BYTES), nullable=False),
+        Column("fencing_token", BigInteger, nullable=False),
+        Column("outcome", OUTCOME),
+        Column("codec", String(100)),
+        Column("not_kept", String(20)),
+        Column("started_at", Instant, nullable=False),
+        Column("finished_at", Instant),
+        PrimaryKeyConstraint("scope", "key", "generation", "position"),
+        **_INNODB,
+    )
+    event.listen(table, "after_create", FILLFACTOR.execute_if(dialect="postgresql"))
+    return table
+
+
+MESSAGE_ID_CHARACTERS = 32
+SENDER_CHARACTERS = 100
+"""Longest name of a sender."""
+
+
+@cache
+def outbox_table(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Table:
+    """Return the table of messages that wait to be sent, always the same one for the same schema and prefix.
+
+    A message that is leased or failed is due again at `due_at`; a lease has an `owner`.
+    """
+    name = f"{prefix}outbox"
+    table = Table(
+        name,
+        MetaData(schema=schema),
+        Column("scope", ByteText(SCOPE_BYTES), nullable=False),
+        Column("key", ByteText(KEY_BYTES), nullable=False),
+        Column("fencing_token", BigInteger, nullable=False, autoincrement=False),
+        Column("number", Integer, nullable=False, autoincrement=False),
+        Column("id", String(MESSAGE_ID_CHARACTERS), nullable=False),
+        Column("to", String(SENDER_CHARACTERS), nullable=False),
+        Column("content", OUTCOME, nullable=False),
+        Column("created_at", Instant, nullable=False),
+        Column("due_at", Instant, nullable=False),
+        Column("owner", ByteText(64)),
+        Column("attempts", Integer, nullable=False),
+        Column("error_type", String(NAME_CHARACTERS)),
+        PrimaryKeyConstraint("scope", "key", "fencing_token", "number"),
+        **_INNODB,
+    )
+    Index(f"{name}_due_at", table.c.due_at)
     return table

@@ -7,31 +7,37 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine, inspect
 
 from idem_tasks.claims import (
+    AuditEntry,
     ClaimAnswer,
     ClaimRequest,
     EncodedOutcome,
     Finished,
+    Granted,
     InProgress,
     Lease,
     Lost,
+    OutboxMessage,
     Record,
     Recorded,
     Release,
     Released,
     State,
+    StepBegun,
+    StepFinished,
+    StepsDiffer,
     new_owner,
 )
 from idem_tasks.errors import ConfigurationError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer
 from idem_tasks.runtime import Asyncio, Blocking, interruption_in
-from idem_tasks.stores import sql_admin, sql_claims, sql_renewals
-from idem_tasks.stores.base import MarkerPending, RuntimeName
-from idem_tasks.stores.schema import DEFAULT_PREFIX, records_table
+from idem_tasks.stores import sql_admin, sql_audit, sql_claims, sql_relay, sql_renewals, sql_steps
+from idem_tasks.stores.base import FailedSend, MarkerPending, RuntimeName, SessionSource, Transaction
+from idem_tasks.stores.schema import DEFAULT_PREFIX, audit_table, records_table, steps_table
 from idem_tasks.stores.sql_clients import Client, clients_for
 from idem_tasks.stores.sql_errors import (
     Fault,
@@ -138,6 +144,12 @@ class SQLStore:
         except RowLockedError:
             return InProgress(sql_claims.RETRY_AFTER_LOCK)
 
+    async def decide(
+        self, dead: Lease, request: ClaimRequest, outcome: EncodedOutcome | None
+    ) -> Granted | Finished | Lost:
+        """End the doubt about this dead claim: by this outcome, or (None) by granting the record to `request`."""
+        return await self._run(sql_claims.decide, dead, request, outcome)
+
     async def renew(self, leases: Sequence[Lease], still_held: Callable[[str], bool]) -> frozenset[str]:
         """Extend these leases by their policy's `lease` from now; return the owners of those extended.
 
@@ -161,9 +173,36 @@ class SQLStore:
     ) -> Recorded | Finished | Lost:
         """Record the outcome under this lease's fence, in one round trip and one commit.
 
+        With messages that is so on PostgreSQL; elsewhere they are inserted in the same transaction.
+
         With `may_insert` it is also written where the record is gone, never over one that is there.
         """
         return await self._run(sql_claims.finish, lease, outcome, may_insert)
+
+    def transaction(self, lease: Lease, source: SessionSource, given: Any) -> Transaction:
+        """Return a transaction in a session of the user's, whose commit records the outcome under this lease."""
+        from idem_tasks.stores.sql_sessions import FencedTransaction, Sessions  # the ORM: not everybody needs it
+
+        assert isinstance(source, Sessions)
+        return FencedTransaction(
+            source,
+            given,
+            lease=lease,
+            table=self._table,
+            address=self._client.address,
+            statements=self._statements,
+            look=lambda: self._run(sql_claims.look, lease),
+        )
+
+    def finish_in(self, connection: Any, lease: Lease, outcome: EncodedOutcome) -> bool:
+        """Write the outcome in the transaction of a connection of the user's; False if the fence missed."""
+        from idem_tasks.stores.sql_connections import write_finish_in
+
+        return write_finish_in(connection, self._schema, self._prefix, lease, outcome)
+
+    async def look(self, lease: Lease, outcome: EncodedOutcome) -> Recorded | Finished | Lost | None:
+        """Tell whether that transaction was committed; None: it was not, and the lease stands."""
+        return await self._run(sql_claims.look, lease)
 
     async def keep_pending(self, lease: Lease, outcome: EncodedOutcome) -> bool:
         """Return False: a database that cannot be reached has no second place."""
@@ -173,6 +212,16 @@ class SQLStore:
         """Give the claim up without an outcome, under the same fence as `finish`."""
         return await self._run(sql_claims.release, lease, release)
 
+    async def begin_step(self, lease: Lease, position: int, name: str) -> StepBegun | StepFinished | StepsDiffer | Lost:
+        """Write that the step begins, or return the outcome it has: one round trip (on MySQL two) and one commit."""
+        return await self._run(sql_steps.begin, lease, position, name)
+
+    async def finish_step(
+        self, lease: Lease, position: int, name: str, outcome: EncodedOutcome
+    ) -> Recorded | StepFinished | Lost:
+        """Write the step's outcome unless it has one: one round trip (on MySQL two) and one commit."""
+        return await self._run(sql_steps.finish, lease, position, name, outcome)
+
     async def write_through(self, scope: str, key: str, pending: MarkerPending, retention: float) -> bool:
         """Record a pending outcome under the fence of the claim that made it; never inserts."""
         return await self._run(sql_claims.write_through, scope, key, pending, retention)
@@ -181,23 +230,44 @@ class SQLStore:
         """Return the record, or None."""
         return await self._run(sql_admin.get, scope, key)
 
-    async def forget(self, scope: str, key: str) -> bool:
-        """Delete the record; returns whether there was one. Raises `InProgressError` while its lease lives."""
-        return await self._run(sql_admin.forget, scope, key)
+    async def forget(
+        self, scope: str, key: str, *, expect_token: int | None = None, actor: str = "", reason: str | None = None
+    ) -> AuditEntry | None:
+        """Delete the record, and write to the audit who did it, in one transaction; raises as `Store.forget` says."""
+        return await self._run(sql_admin.forget, scope, key, expect_token, actor, reason)
 
-    async def resolve(self, scope: str, key: str, outcome: EncodedOutcome | None) -> Record | None:
+    async def resolve(
+        self,
+        scope: str,
+        key: str,
+        outcome: EncodedOutcome | None,
+        *,
+        expect_token: int | None = None,
+        actor: str = "",
+        reason: str | None = None,
+    ) -> AuditEntry | None:
         """End `in_doubt`, `parked` or an overdue `running`: by this outcome, or (None) by releasing it.
 
-        The outcome is kept for at least the retention of the last claim. Raises `InProgressError` while a holder's
-        lease lives, and `ConflictError` for a record that has ended or was released already.
+        The outcome is kept for at least the retention of the last claim. The audit is written in the same
+        transaction. Raises as `Store.resolve` says.
         """
-        return await self._run(sql_admin.resolve, scope, key, outcome, new_owner())
+        return await self._run(sql_admin.resolve, scope, key, outcome, new_owner(), expect_token, actor, reason)
+
+    async def audit(self, *, scope: str | None, key: str | None, limit: int) -> list[AuditEntry]:
+        """Return what was done to the records of this scope and key, if given, the last first."""
+        return await self._run(sql_audit.audit, scope, key, limit)
 
     async def records(
-        self, *, state: State | None, scope: str | None, after: tuple[str, str] | None, limit: int
+        self,
+        *,
+        state: State | None,
+        scope: str | None,
+        after: tuple[str, str] | None,
+        limit: int,
+        attention: bool = False,
     ) -> list[Record]:
         """Return up to `limit` records in the order of scope and key, by bytes, beginning after the given one."""
-        return await self._run(sql_admin.records, state, scope, after, limit)
+        return await self._run(sql_admin.records, state, scope, after, limit, attention)
 
     async def stats(self) -> dict[State, int]:
         """Return how many records there are in each state. Reads the whole table."""
@@ -213,6 +283,11 @@ class SQLStore:
             if len(batch) < wanted:
                 break
         return purged
+
+    @property
+    def outbox(self) -> SQLOutbox:
+        """The messages of recorded outcomes that wait to be sent, in a table beside the records."""
+        return SQLOutbox(self)
 
     # The tables
 
@@ -231,8 +306,10 @@ class SQLStore:
 
         return upgrade(connection, self._schema, self._prefix)
 
-    def _has_table(self, connection: Connection) -> bool:
-        return inspect(connection).has_table(self._table.name, schema=self._schema)
+    def _has_tables(self, connection: Connection) -> bool:
+        of_them = (steps_table(self._schema, self._prefix), audit_table(self._schema, self._prefix))
+        tables = (self._table, *of_them)
+        return all(inspect(connection).has_table(table.name, schema=self._schema) for table in tables)
 
     # Running work
 
@@ -290,9 +367,9 @@ class SQLStore:
 
     async def _explained(self, fault: Fault, why: str) -> StoreError:
         # SQLite has no error code for a missing table.
-        if fault is Fault.SQLITE_STATEMENT and not await self._client.run(self._has_table):
+        if fault is Fault.SQLITE_STATEMENT and not await self._client.run(self._has_tables):
             fault = Fault.MISSING_TABLE
-        return error_for(fault, self._client.address, self._table.fullname, why)
+        return error_for(fault, self._client.address, f"{self._table.fullname.removesuffix('records')}*", why)
 
     def _statements(self, connection: Connection) -> Statements:
         dialect = connection.dialect
@@ -311,3 +388,29 @@ class SQLStore:
 
     async def _sleep(self, seconds: float) -> None:
         await (Blocking() if self._runtime == "blocking" else Asyncio()).sleep(seconds)
+
+
+class SQLOutbox:
+    """The outbox of a `SQLStore`; see `base.Outbox`."""
+
+    def __init__(self, store: SQLStore) -> None:
+        self._run = store._run  # noqa: SLF001 (a part of the store)
+
+    async def take(
+        self, owner: str, *, lease: float, limit: int, of: tuple[str, str] | None = None
+    ) -> list[OutboxMessage]:
+        """Lease up to `limit` messages, 100 at most: one statement; on MariaDB and MySQL a transaction of three."""
+        try:
+            return await self._run(sql_relay.take, owner, lease, min(limit, sql_relay.MOST_AT_ONCE), of)
+        except RowLockedError:
+            return []  # SQLite, while others write for too long
+
+    async def settle(
+        self, owner: str, *, sent: Sequence[OutboxMessage], failed: Sequence[FailedSend], rest: Sequence[OutboxMessage]
+    ) -> None:
+        """Delete what was sent, let what failed wait, and give the rest back."""
+        await self._run(sql_relay.settle, owner, sent, failed, rest)
+
+    async def count(self) -> int:
+        """Return how many messages there are. Reads the whole table."""
+        return await self._run(sql_relay.count)

@@ -6,8 +6,10 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from idem_tasks.claims import EncodedOutcome, Record, State
+from idem_tasks.claims import AuditEntry, EncodedOutcome, Record, State, action_of
 from idem_tasks.errors import ConflictError, InProgressError, StoreUnavailableError
+from idem_tasks.stores.base import refuse_if_moved
+from idem_tasks.stores.sql_audit import audit, change, entry_for
 from idem_tasks.stores.sql_claims import RACES, ended, place, seen
 from idem_tasks.stores.sql_renewals import transaction
 from idem_tasks.stores.sql_statements import PURGEABLE, AnyRow, Statements
@@ -19,21 +21,40 @@ def get(sql: Statements, connection: Connection, scope: str, key: str) -> Record
     return None if row is None else _record(row)
 
 
-def forget(sql: Statements, connection: Connection, scope: str, key: str) -> bool:
-    """Delete the record; returns whether there was one. Raises `InProgressError` while its lease lives."""
+def forget(
+    sql: Statements,
+    connection: Connection,
+    scope: str,
+    key: str,
+    expect_token: int | None,
+    actor: str,
+    reason: str | None,
+) -> AuditEntry | None:
+    """Delete the record, and write down who did it; raises as `Store.forget` says."""
     for _ in range(RACES):
-        if connection.execute(sql.forget, place(scope, key)).rowcount == 1:
-            return True
         row = connection.execute(sql.read, place(scope, key)).one_or_none()
         if row is None:
-            return False
+            return None
         _refuse_if_held(row, scope, key)
+        refuse_if_moved(scope, key, row.state, row.fencing_token, expect_token)
+        entry = entry_for(row, action="forget", place=(scope, key), actor=actor, reason=reason)
+        # The steps after the record: then those are seen too that a paused holder began while this waited for it.
+        if change(sql, connection, sql.forget, place(scope, key) | seen(row), entry, sql.forget_steps):
+            return entry
     raise _changing(scope, key)
 
 
 def resolve(
-    sql: Statements, connection: Connection, scope: str, key: str, outcome: EncodedOutcome | None, owner: str
-) -> Record | None:
+    sql: Statements,
+    connection: Connection,
+    scope: str,
+    key: str,
+    outcome: EncodedOutcome | None,
+    owner: str,
+    expect_token: int | None,
+    actor: str,
+    reason: str | None,
+) -> AuditEntry | None:
     """End `in_doubt`, `parked` or an overdue `running` by this outcome, or (None) by releasing it.
 
     `owner` is new for this request, so that a try whose reply was lost is known again (F21).
@@ -43,18 +64,22 @@ def resolve(
         if row is None:
             return None
         if row.owner == owner:
-            return get(sql, connection, scope, key)
+            return audit(sql, connection, scope, key, 1)[0]
         _refuse_if_held(row, scope, key)
+        refuse_if_moved(scope, key, row.state, row.fencing_token, expect_token)
         if row.state in PURGEABLE:
             raise ConflictError(f"{scope} {key!r} is {row.state} already", scope=scope, key=key)
-        values = place(scope, key) | seen(row)
-        values |= {"new_fencing_token": max(row.fencing_token + 1, row.clock), "new_owner": owner}
-        statement = sql.resolve_released
+        token = max(row.fencing_token + 1, row.clock)
+        values = place(scope, key) | seen(row) | {"new_fencing_token": token, "new_owner": owner}
+        statement, state = sql.resolve_released, State.RELEASED
         if outcome is not None:
-            statement = sql.resolve_ended
+            statement, state = sql.resolve_ended, State(outcome.state)
             values |= ended(outcome) | {"retention": _lifetime(sql, connection, scope, key)}
-        if connection.execute(statement, values).rowcount == 1:
-            return get(sql, connection, scope, key)
+        entry = entry_for(
+            row, action=action_of(outcome), place=(scope, key), actor=actor, reason=reason, state=state, token=token
+        )
+        if change(sql, connection, statement, values, entry):
+            return entry
     raise _changing(scope, key)
 
 
@@ -80,9 +105,16 @@ def records(
     scope: str | None,
     after: tuple[str, str] | None,
     limit: int,
+    attention: bool,
 ) -> list[Record]:
     """Return up to `limit` records in the order of scope and key, beginning after the given one."""
-    page = sql.records(by_state=state is not None, by_scope=scope is not None, after=after is not None)
+    waits = state in (State.IN_DOUBT, State.PARKED, State.FAILED)
+    page = sql.records(
+        by_state=state is not None,
+        by_scope=scope is not None,
+        after=after is not None,
+        by_attention="state" if waits else "any" if attention else "none",
+    )
     values: dict[str, Any] = {"limit": limit}
     if state is not None:
         values["in_state"] = state
@@ -104,12 +136,17 @@ def stats(sql: Statements, connection: Connection) -> dict[State, int]:
 def purge(sql: Statements, connection: Connection, limit: int, grace: float) -> list[tuple[str, str]]:
     """Delete up to `limit` records whose retention ended over `grace` seconds ago, by their primary key (F47)."""
     values = {"limit": limit, "cut": -grace}
-    if sql.kind in ("postgresql", "sqlite"):
+    if sql.kind == "postgresql":
         return [(row.scope, row.key) for row in connection.execute(sql.purge, values)]
     with transaction(connection):
-        doomed = [(row.scope, row.key) for row in connection.execute(sql.doomed, values)]
+        if sql.kind == "sqlite":
+            doomed = [(row.scope, row.key) for row in connection.execute(sql.purge, values)]
+        else:
+            doomed = [(row.scope, row.key) for row in connection.execute(sql.doomed, values)]
+            if doomed:
+                connection.execute(sql.delete_locked, {"places": doomed})
         if doomed:
-            connection.execute(sql.delete_locked, {"places": doomed})
+            connection.execute(sql.delete_steps, {"places": doomed})
     return doomed
 
 

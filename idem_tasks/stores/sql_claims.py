@@ -6,6 +6,8 @@ that were found: so of any number of simultaneous claims one is granted, on ever
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
@@ -29,10 +31,15 @@ from idem_tasks.claims import (
 )
 from idem_tasks.stores.base import MarkerPending
 from idem_tasks.stores.schema import ERROR_MESSAGE_CHARACTERS, NAME_CHARACTERS, TRACEPARENT_CHARACTERS
-from idem_tasks.stores.sql_renewals import renew
-from idem_tasks.stores.sql_statements import ENDED, PURGEABLE, AnyRow, Statements
+from idem_tasks.stores.sql_audit import change, entry_for, storable
+from idem_tasks.stores.sql_relay import insert_messages, message_arrays
+from idem_tasks.stores.sql_renewals import renew, transaction
+from idem_tasks.stores.sql_statements import ENDED, FENCED, PURGEABLE, AnyRow, Statements
 
 A = TypeVar("A")
+
+_LONGEST_MILLISECONDS = 2**31 - 1
+"""What PostgreSQL takes as a time limit."""
 
 RACES = 3
 """How often a verb begins again because the record changed between its look and its write."""
@@ -96,8 +103,9 @@ def _take_over(sql: Statements, connection: Connection, request: ClaimRequest, r
     answer: ClaimAnswer
     if policy.max_crashes is not None and crashes > policy.max_crashes:
         state, answer = State.PARKED, Parked(crashes, row.failures, new=True)
-    elif policy.on_crash == "hold":
-        state, answer = State.IN_DOUBT, InDoubt(new=True)
+    elif policy.doubts:
+        dead = _lease(replace(request, owner=row.owner), row, row.fencing_token, crashes=crashes)
+        state, answer = State.IN_DOUBT, InDoubt(new=True, dead=dead)
     else:
         lease = _next_lease(request, row, attempts=row.attempts + 1, crashes=crashes, taken_over=True)
         return Granted(lease) if _take(connection, sql.take, lease, row) else None
@@ -108,6 +116,10 @@ def _take_over(sql: Statements, connection: Connection, request: ClaimRequest, r
 
 
 def _take(connection: Connection, statement: Update, lease: Lease, row: AnyRow) -> bool:
+    return _is_written(connection, statement, _taking(lease, row))
+
+
+def _taking(lease: Lease, row: AnyRow) -> dict[str, Any]:
     new = {
         "new_fencing_token": lease.fencing_token,
         "new_attempts": lease.attempts,
@@ -115,7 +127,7 @@ def _take(connection: Connection, statement: Update, lease: Lease, row: AnyRow) 
         "new_crashes": lease.crashes,
         "new_generation": lease.generation,
     }
-    return _is_written(connection, statement, place(lease.scope, lease.key) | seen(row) | _granted(lease.request) | new)
+    return place(lease.scope, lease.key) | seen(row) | _granted(lease.request) | new
 
 
 def _next_lease(request: ClaimRequest, row: AnyRow, **changed: Any) -> Lease:
@@ -128,6 +140,40 @@ def _lease(request: ClaimRequest, row: AnyRow, fencing_token: int, **changed: An
     return Lease(request, fencing_token, **(counts | changed))
 
 
+def decide(
+    sql: Statements, connection: Connection, dead: Lease, request: ClaimRequest, outcome: EncodedOutcome | None
+) -> Granted | Finished | Lost:
+    """End the doubt about this dead claim: by this outcome, or (None) by granting the record to `request`."""
+    row = _read(sql, connection, dead.scope, dead.key)
+    if row is None:
+        return Lost()
+    if row.owner == request.owner:
+        # Decided before, and the answer did not arrive (F21).
+        if row.state in ENDED:
+            return _finished(row)
+        return (_own(sql, connection, request, row) if row.state == State.RUNNING else None) or Lost()
+    if row.state != State.IN_DOUBT or not _obeys(row, dead):
+        return Lost()
+    lease = _next_lease(request, row, attempts=row.attempts + 1, taken_over=True)
+    state = State.RUNNING if outcome is None else outcome.state
+    where = dead.scope, dead.key
+    entry = entry_for(row, action="answer", place=where, actor=request.holder, state=state, token=lease.fencing_token)
+    if outcome is None:
+        taken = change(sql, connection, sql.take_doubted, _taking(lease, row), entry)
+        return Granted(lease) if taken else Lost()
+    values = place(*where) | seen(row) | ended(outcome) | {"retention": request.policy.retention}
+    values |= {"new_fencing_token": lease.fencing_token, "new_owner": request.owner}
+    if not change(sql, connection, sql.resolve_ended, values, entry):
+        return Lost()
+    return Finished(
+        outcome,
+        row.fingerprint,
+        max(row.retention_left, request.policy.retention),
+        lease.fencing_token,
+        row.traceparent,
+    )
+
+
 # Finish and release
 
 
@@ -135,26 +181,97 @@ def finish(
     sql: Statements, connection: Connection, lease: Lease, outcome: EncodedOutcome, may_insert: bool
 ) -> Recorded | Finished | Lost:
     """Record the outcome under the lease's fence."""
-    retention = {"retention": lease.policy.retention}
-    values = place(lease.scope, lease.key) | _fence(lease) | ended(outcome) | retention
-    if _is_written(connection, sql.finish, values):
-        return Recorded()
+    with _together(sql, connection, outcome):
+        if write_finish(sql, connection, lease, outcome):
+            return Recorded()
     row = _read(sql, connection, lease.scope, lease.key)
     if row is None and may_insert:
-        connection.execute(sql.insert_finished, values | _vanished(lease))
-        row = _read(sql, connection, lease.scope, lease.key)
+        row = _insert_finished(sql, connection, lease, outcome)
     if row is None or row.state not in ENDED:
         return Lost()
     return Recorded() if _obeys(row, lease) else _finished(row)
 
 
+def write_finish(sql: Statements, connection: Connection, lease: Lease, outcome: EncodedOutcome) -> bool:
+    """Write the outcome to its record, and its messages; False if that does not obey this lease any more.
+
+    Whatever commits, commits all of it: the store's own connection at once, or in a transaction where there are
+    messages; a session of the user's with its other writes.
+    """
+    return _write(sql, connection, finishing(lease, outcome), outcome)
+
+
+def _write(sql: Statements, connection: Connection, values: dict[str, Any], outcome: EncodedOutcome) -> bool:
+    if not outcome.messages:
+        return _is_written(connection, sql.finish, values)
+    if sql.kind == "postgresql":
+        return connection.execute(sql.outbox.finish, values | message_arrays(outcome.messages)).rowcount > 0
+    if not _is_written(connection, sql.finish, values):
+        return False
+    insert_messages(sql, connection, outcome.messages)
+    return True
+
+
+def finishing(lease: Lease, outcome: EncodedOutcome) -> dict[str, Any]:
+    """Return the parameters of a fenced finish."""
+    retention = {"retention": lease.policy.retention}
+    return place(lease.scope, lease.key) | fence(lease) | ended(outcome) | retention
+
+
+def _insert_finished(sql: Statements, connection: Connection, lease: Lease, outcome: EncodedOutcome) -> AnyRow | None:
+    """Insert the finished record unless there is one, and return the one that is there."""
+    values = finishing(lease, outcome) | _vanished(lease)
+    if outcome.messages and sql.kind == "postgresql":
+        connection.execute(sql.outbox.insert_finished, values | message_arrays(outcome.messages))
+        return _read(sql, connection, lease.scope, lease.key)
+    with _together(sql, connection, outcome):
+        connection.execute(sql.insert_finished, values)
+        row = _read(sql, connection, lease.scope, lease.key)
+        if outcome.messages and row is not None and _obeys(row, lease):
+            insert_messages(sql, connection, outcome.messages)
+    return row
+
+
+def _together(
+    sql: Statements, connection: Connection, outcome: EncodedOutcome
+) -> contextlib.AbstractContextManager[None]:
+    """Make one transaction of what records an outcome with messages, where it is not one statement."""
+    if outcome.messages and sql.kind != "postgresql":
+        return transaction(connection)
+    return contextlib.nullcontext()
+
+
+def is_seen(sql: Statements, connection: Connection, lease: Lease) -> bool:
+    """Tell, as the first statement of a transaction of the user's, whether it sees the record under this lease."""
+    values = place(lease.scope, lease.key) | fence(lease)
+    if sql.kind == "sqlite":
+        return connection.execute(sql.begin, values).rowcount == 1
+    if sql.kind == "postgresql":
+        values["idle_milliseconds"] = str(min(round(lease.policy.max_hold * 1000), _LONGEST_MILLISECONDS))
+    return connection.execute(sql.begin, values).first() is not None
+
+
+def look(sql: Statements, connection: Connection, lease: Lease) -> Recorded | Finished | Lost | None:
+    """Tell how a transaction under this lease ended, once it has; None: it left nothing, and the lease stands.
+
+    Waits for a commit that is under way, as long as statements wait for locks.
+    """
+    row = connection.execute(sql.read_settled, place(lease.scope, lease.key)).one_or_none()
+    if row is None:
+        return Lost()
+    if row.state in ENDED:
+        return Recorded() if _obeys(row, lease) else _finished(row)
+    return None if row.state in FENCED and _obeys(row, lease) else Lost()
+
+
 def write_through(
     sql: Statements, connection: Connection, scope: str, key: str, pending: MarkerPending, retention: float
 ) -> bool:
-    """Record a pending outcome under the fence of the claim that made it; never inserts."""
-    values = place(scope, key) | _fence(pending) | ended(pending.outcome) | {"retention": retention}
-    if _is_written(connection, sql.finish, values):
-        return True
+    """Record a pending outcome, with its messages, under the fence of the claim that made it; never inserts."""
+    values = place(scope, key) | fence(pending) | ended(pending.outcome) | {"retention": retention}
+    with _together(sql, connection, pending.outcome):
+        if _write(sql, connection, values, pending.outcome):
+            return True
     row = _read(sql, connection, scope, key)
     return row is not None and row.state in ENDED and _obeys(row, pending)
 
@@ -169,7 +286,7 @@ def release(sql: Statements, connection: Connection, lease: Lease, release: Rele
         "new_error_type": storable(release.error_type, NAME_CHARACTERS),
         "new_error_message": storable(release.error_message, ERROR_MESSAGE_CHARACTERS),
     }
-    if _is_written(connection, sql.release, place(lease.scope, lease.key) | _fence(lease) | new):
+    if _is_written(connection, sql.release, place(lease.scope, lease.key) | fence(lease) | new):
         return Released(state)
     row = _read(sql, connection, lease.scope, lease.key)
     if row is None:
@@ -185,6 +302,8 @@ def _state_after(lease: Lease, release: Release) -> tuple[State, int]:
     limit = lease.policy.max_attempts
     if release.in_doubt:
         return State.IN_DOUBT, failures
+    if release.parked:
+        return State.PARKED, failures
     if release.failed and limit is not None and failures >= limit:
         return State.PARKED, failures
     return State.RELEASED, failures
@@ -201,13 +320,6 @@ def place(scope: str, key: str) -> dict[str, Any]:
 def seen(row: AnyRow) -> dict[str, Any]:
     """Return the parameters by which a compare-and-set knows the record as it was read."""
     return {"seen_token": row.fencing_token, "seen_owner": row.owner, "seen_state": row.state}
-
-
-def storable(text: str | None, characters: int) -> str | None:
-    """Cut a text to length, and replace what no database stores as text: NUL and lone surrogates."""
-    if text is None:
-        return None
-    return text[:characters].replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
 def _fitting(traceparent: str | None) -> str | None:
@@ -252,7 +364,8 @@ def _vanished(lease: Lease) -> dict[str, Any]:
     }
 
 
-def _fence(claim: Lease | MarkerPending) -> dict[str, Any]:
+def fence(claim: Lease | MarkerPending) -> dict[str, Any]:
+    """Return the parameters by which a record is known to obey this claim still."""
     return {"seen_token": claim.fencing_token, "seen_owner": claim.owner}
 
 

@@ -83,6 +83,7 @@ _MYSQL_UNAVAILABLE = frozenset(
 _SQLITE_CODES = {
     sqlite3.SQLITE_ERROR: Fault.SQLITE_STATEMENT,
     sqlite3.SQLITE_BUSY: Fault.LOCKED,
+    sqlite3.SQLITE_BUSY_SNAPSHOT: Fault.CONFLICT,
     sqlite3.SQLITE_LOCKED: Fault.LOCKED,
     sqlite3.SQLITE_READONLY: Fault.READ_ONLY,
     sqlite3.SQLITE_PERM: Fault.NO_FILE,
@@ -122,7 +123,8 @@ def _fault_of_driver(error: BaseException | None) -> Fault | None:
         return _SQLSTATES.get(sqlstate, Fault.UNAVAILABLE if unavailable else Fault.OTHER)
     code = getattr(error, "sqlite_errorcode", None)
     if isinstance(code, int):
-        return _SQLITE_CODES.get(code & 0xFF, Fault.OTHER)  # the low byte; the rest tells more than is needed
+        # Most are told by the low byte; the rest tells more than is needed.
+        return _SQLITE_CODES.get(code) or _SQLITE_CODES.get(code & 0xFF, Fault.OTHER)
     return None
 
 
@@ -131,6 +133,20 @@ def _fault_of_mysql(number: int) -> Fault:
     if number < 1000 or 2000 <= number < 3000 or number in _MYSQL_UNAVAILABLE:
         return Fault.UNAVAILABLE
     return _MYSQL_NUMBERS.get(number, Fault.OTHER)
+
+
+def is_conflict(error: BaseException | None) -> bool:
+    """Tell whether a deadlock or a serialization failure is behind an error: all of its transaction is undone."""
+    for _ in range(_CHAIN_LIMIT):
+        if not isinstance(error, Exception):
+            return False
+        if fault_of(error) is Fault.CONFLICT:
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+_CHAIN_LIMIT = 50
 
 
 def is_lost_connection(error: Exception) -> bool:
@@ -149,8 +165,11 @@ def why_not_connected(error: Exception) -> str:
     return f" ({lines[0][:300]})" if lines else ""
 
 
-def error_for(fault: Fault, address: str, table: str, why: str = "") -> StoreError:
-    """Return our own error; it says what to do and quotes no parameters. `why` is what `why_not_connected` says."""
+def error_for(fault: Fault, address: str, tables: str, why: str = "") -> StoreError:
+    """Return our own error; it says what to do and quotes no parameters. `why` is what `why_not_connected` says.
+
+    `tables` is what the names of the tables begin with, as in jobs.idem_tasks_*.
+    """
     match fault:
         case Fault.LOCKED:
             return RowLockedError(f"{address}: the record is locked by another transaction; try again")
@@ -158,12 +177,12 @@ def error_for(fault: Fault, address: str, table: str, why: str = "") -> StoreErr
             return StoreUnavailableError(f"{address}: other transactions stood in the way several times; try again")
         case Fault.MISSING_TABLE:
             return MissingTableError(
-                f"{address} has no table {table}; make it by: idem-tasks init-db --database-url URL"
+                f"{address} lacks tables {tables}; make them by: idem-tasks init-db --database-url URL"
             )
         case Fault.UNKNOWN_COLUMN:
             return StoreConfigurationError(
-                f"{address}: the table {table} is of an older version; "
-                "bring it up to date by: idem-tasks init-db --database-url URL"
+                f"{address}: the tables {tables} are of an older version; "
+                "bring them up to date by: idem-tasks init-db --database-url URL"
             )
         case Fault.READ_ONLY:
             return StoreError(
@@ -173,12 +192,12 @@ def error_for(fault: Fault, address: str, table: str, why: str = "") -> StoreErr
         case Fault.DENIED:
             return StoreConfigurationError(
                 f"{address} refuses this user; check the user and password in the database URL, and that the user "
-                f"may SELECT, INSERT, UPDATE and DELETE in {table}"
+                f"may SELECT, INSERT, UPDATE and DELETE in {tables}"
             )
         case Fault.NO_DATABASE:
             return StoreConfigurationError(f"{address}: there is no such database; check the database URL or create it")
         case Fault.NO_SCHEMA:
-            schema = table.rpartition(".")[0] or "of that name"
+            schema = tables.rpartition(".")[0] or "of that name"
             return StoreConfigurationError(f"{address} has no schema {schema}; create it first: CREATE SCHEMA {schema}")
         case Fault.NO_FILE:
             return StoreConfigurationError(

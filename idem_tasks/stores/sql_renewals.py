@@ -69,8 +69,9 @@ def _renew_in_transactions(sql: Statements, connection: Connection, leases: Sequ
 
 @contextmanager
 def transaction(connection: Connection) -> Iterator[None]:
-    """Make several statements of an AUTOCOMMIT connection one transaction of MariaDB or MySQL."""
-    connection.exec_driver_sql("START TRANSACTION")
+    """Make several statements of an AUTOCOMMIT connection one transaction."""
+    # SQLite: a transaction that reads before it writes would otherwise fail where another one wrote meanwhile.
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "START TRANSACTION")
     try:
         yield
         connection.exec_driver_sql("COMMIT")

@@ -29,6 +29,7 @@ from sqlalchemy import (
     delete,
     exists,
     func,
+    insert,
     literal,
     literal_column,
     null,
@@ -43,8 +44,9 @@ from sqlalchemy.sql.dml import Insert, Update
 from sqlalchemy.types import TypeEngine
 
 from idem_tasks.claims import State
-from idem_tasks.stores.schema import records_table
+from idem_tasks.stores.schema import audit_table, outbox_table, records_table, steps_table
 from idem_tasks.stores.sql_clock import after, after_seconds, clock_microseconds, later_of, now, seconds_until
+from idem_tasks.stores.sql_outbox import OutboxStatements
 
 AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
 
@@ -60,25 +62,38 @@ FENCED = (State.RUNNING, State.IN_DOUBT)
 @cache
 def statements_for(kind: Kind, schema: str | None, prefix: str) -> Statements:
     """Return the statements, always the same ones, so that SQLAlchemy compiles each of them once."""
-    return Statements(kind, records_table(schema, prefix))
+    makers = (records_table, steps_table, audit_table, outbox_table)
+    return Statements(kind, *(make(schema, prefix) for make in makers))
 
 
 class Statements:
-    """The statements for one table on one kind of database."""
+    """The statements for the records in one table on one kind of database; `outbox` are those for their messages."""
 
-    def __init__(self, kind: Kind, table: Table) -> None:
+    def __init__(self, kind: Kind, table: Table, steps: Table, audit: Table, outbox: Table) -> None:
         self.kind = kind
-        self._table = table
+        self.table = table
+        self.steps = steps
+        """The table of the records' steps, which end with them; `sql_steps` writes them."""
+        self._audit = audit
         self._columns = table.c
-        self._at_place = and_(
+        self.at_place = and_(
             table.c.scope == bindparam("at_scope"),
             table.c.key == bindparam("at_key"),
         )
+        of_claim = and_(
+            self.at_place,
+            table.c.fencing_token == bindparam("seen_token"),
+            table.c.owner == bindparam("seen_owner"),
+        )
+        self.at_fence = and_(of_claim, _is_any_of(table.c.state, FENCED))
+        """Where the record obeys the claim, be it that somebody doubts it."""
+        self.at_running_fence = and_(of_claim, table.c.state == State.RUNNING)
         self._held = and_(table.c.state == State.RUNNING, table.c.lease_expires_at > now())
         self._make_claim()
         self._make_fenced()
         self._make_renewals()
         self._make_admin()
+        self.outbox = OutboxStatements(kind, outbox, self.finish, self.insert_finished)
 
     # Claim
 
@@ -103,7 +118,7 @@ class Statements:
             seconds_until(c.expires_at).label("retention_left"),
             clock_microseconds().label("clock"),
         )
-        self.read = select(*answer).where(self._at_place)
+        self.read = select(*answer).where(self.at_place)
         """The record as a claim sees it."""
 
         granted = {
@@ -137,7 +152,7 @@ class Statements:
             seen = self.read.cte("seen")
             values = select(*first.values()).where(~exists(select(seen.c.state)))
             claim = (
-                postgresql.insert(self._table)
+                postgresql.insert(self.table)
                 .from_select(list(first), values)
                 .on_conflict_do_nothing()
                 .returning(*answer)
@@ -156,9 +171,9 @@ class Statements:
         )
         dead = and_(c.state == State.RUNNING, c.lease_expires_at <= now())
         over = and_(_is_any_of(c.state, PURGEABLE), c.expires_at <= now())
-        self.take: Update = (
-            update(self._table)
-            .where(self._at_place, unchanged, or_(c.state == State.RELEASED, dead, over))
+        take = (
+            update(self.table)
+            .where(self.at_place, unchanged)
             .values(
                 granted
                 | {
@@ -171,7 +186,10 @@ class Statements:
                 }
             )
         )
+        self.take: Update = take.where(or_(c.state == State.RELEASED, dead, over))
         """Grants a record that was seen free, if it is still as it was seen (F6)."""
+        self.take_doubted: Update = take.where(c.state == State.IN_DOUBT)
+        """The same for a record in doubt, to whoever was told that its effect did not happen."""
         self.take_afresh: Update = self.take.values(
             created_at=now(),
             completed_at=null(),
@@ -183,8 +201,8 @@ class Statements:
         )
         """The same for a record whose retention is over: a new generation of it."""
         self.set_aside: Update = (
-            update(self._table)
-            .where(self._at_place, unchanged, dead)
+            update(self.table)
+            .where(self.at_place, unchanged, dead)
             .values(
                 state=self._new("state"), attention=self._new("state"), crashes=self._new("crashes"), updated_at=now()
             )
@@ -196,22 +214,16 @@ class Statements:
 
     def _unless_there(self, values: dict[str, Any]) -> Insert:
         if self.kind == "postgresql":
-            return postgresql.insert(self._table).values(values).on_conflict_do_nothing()
+            return postgresql.insert(self.table).values(values).on_conflict_do_nothing()
         if self.kind == "sqlite":
-            return sqlite.insert(self._table).values(values).on_conflict_do_nothing()
+            return sqlite.insert(self.table).values(values).on_conflict_do_nothing()
         # Not INSERT IGNORE, which ignores much else. The update changes nothing, but makes RETURNING give the row.
-        return mysql.insert(self._table).values(values).on_duplicate_key_update(owner=self._columns.owner)
+        return mysql.insert(self.table).values(values).on_duplicate_key_update(owner=self._columns.owner)
 
     # Finish, release: under the fence
 
     def _make_fenced(self) -> None:
         c = self._columns
-        at_fence = and_(
-            self._at_place,
-            c.fencing_token == bindparam("seen_token"),
-            c.owner == bindparam("seen_owner"),
-            _is_any_of(c.state, FENCED),
-        )
         outcome = {
             name: self._new(name)
             for name in ("state", "outcome", "codec", "not_kept", "error_type", "error_message", "attention")
@@ -222,7 +234,8 @@ class Statements:
             # Set when it was granted; changes, and is no HOT update, only after a very long run (F61).
             "expires_at": later_of(c.expires_at, after_seconds("retention")),
         }
-        self.finish: Update = update(self._table).where(at_fence).values(ended)
+        self.finish: Update = update(self.table).where(self.at_fence).values(ended)
+        self._make_sessions()
         self.insert_finished = self._unless_there(
             ended
             | {
@@ -244,8 +257,8 @@ class Statements:
         )
         """Writes a finished record whose claim was lost with the database's last moments; never over another."""
         self.release: Update = (
-            update(self._table)
-            .where(at_fence)
+            update(self.table)
+            .where(self.at_fence)
             .values(
                 {name: self._new(name) for name in ("state", "failures", "attention", "error_type", "error_message")}
                 | {"lease_expires_at": now(), "updated_at": now()}
@@ -258,8 +271,8 @@ class Statements:
             c.state == bindparam("seen_state"),
         )
         resolve = (
-            update(self._table)
-            .where(self._at_place, unchanged, ~self._held)
+            update(self.table)
+            .where(self.at_place, unchanged, ~self._held)
             .values(
                 fencing_token=self._new("fencing_token"),
                 owner=self._new("owner"),
@@ -272,6 +285,28 @@ class Statements:
         )
         self.resolve_ended: Update = resolve.values(ended)
 
+    def _make_sessions(self) -> None:
+        """Statements for a transaction of the user's that begins and ends under a claim."""
+        self.begin: Executable
+        """Tells by its rows whether the record is seen here under its fence.
+
+        On SQLite it writes, which takes the write lock at once: a transaction that begins by reading can never write
+        again once another has (SQLITE_BUSY_SNAPSHOT).
+        """
+        self.read_settled: Select[Any]
+        """The record as it is once a commit that is under way has ended."""
+        if self.kind == "sqlite":
+            self.begin = update(self.table).where(self.at_fence).values(owner=self._columns.owner)
+            self.read_settled = self.read
+        else:
+            settings: list[ColumnElement[Any]] = []
+            if self.kind == "postgresql":
+                # A worker that is paused in mid-transaction must not keep its locks for ever.
+                limit = bindparam("idle_milliseconds", type_=Text())
+                settings.append(func.set_config("idle_in_transaction_session_timeout", limit, literal_column("true")))
+            self.begin = select(self._columns.state, *settings).where(self.at_fence)
+            self.read_settled = self.read.with_for_update()
+
     # Renew
 
     def _make_renewals(self) -> None:
@@ -283,8 +318,8 @@ class Statements:
             .order_by(c.scope, c.key)
             .with_for_update(skip_locked=True)
         )
-        self.renew_locked = update(self._table).where(places).values(_renewed(after_seconds("lease")))
-        self.delete_locked = delete(self._table).where(places)
+        self.renew_locked = update(self.table).where(places).values(_renewed(after_seconds("lease")))
+        self.delete_locked = delete(self.table).where(places)
         """For MariaDB and MySQL, which can do neither in one statement: lock what is not locked, then write it."""
         if self.kind == "postgresql":
             self.renew: Executable = self._renew_from_arrays()
@@ -311,11 +346,11 @@ class Statements:
             .join(wanted, and_(c.scope == wanted.c.scope, c.key == wanted.c.key))
             .where(c.fencing_token == wanted.c.token, c.owner == wanted.c.owner, c.state == State.RUNNING)
             .order_by(c.scope, c.key)
-            .with_for_update(of=self._table, skip_locked=True)
+            .with_for_update(of=self.table, skip_locked=True)
             .cte("free")
         )
         return (
-            update(self._table)
+            update(self.table)
             .where(c.scope == free.c.scope, c.key == free.c.key)
             .values(_renewed(after(free.c.lease)))
             .returning(c.owner)
@@ -329,7 +364,7 @@ class Statements:
             return func.json_extract(wanted.c.value, literal_column(f"'$[{index}]'"))
 
         return (
-            update(self._table)
+            update(self.table)
             .where(
                 c.scope == item(0),
                 c.key == item(1),
@@ -348,8 +383,24 @@ class Statements:
         overdue = and_(c.state == State.RUNNING, c.lease_expires_at <= now())
         attention = case((overdue, "overdue"), else_=c.attention).label("attention")
         self._all = select(*(attention if each is c.attention else each for each in c))
-        self.get = self._all.where(self._at_place)
-        self.forget = delete(self._table).where(self._at_place, ~self._held)
+        self.get = self._all.where(self.at_place)
+        unchanged = and_(
+            c.fencing_token == bindparam("seen_token"),
+            c.owner == bindparam("seen_owner"),
+            c.state == bindparam("seen_state"),
+        )
+        self.forget = delete(self.table).where(self.at_place, unchanged, ~self._held)
+        steps = self.steps
+        self.forget_steps = delete(steps).where(
+            steps.c.scope == bindparam("at_scope"), steps.c.key == bindparam("at_key")
+        )
+        self.delete_steps = delete(steps).where(
+            tuple_(steps.c.scope, steps.c.key).in_(bindparam("places", expanding=True))
+        )
+        """Of all generations, as is each of these."""
+        given = {"scope": bindparam("at_scope"), "key": bindparam("at_key"), "at": now()}
+        written = ("actor", "action", "state_before", "state_after", "token_before", "token_after", "reason")
+        self.write_audit = insert(self._audit).values(given | {name: bindparam(f"new_{name}") for name in written})
         self.stats = select(c.state, func.count().label("number")).group_by(c.state)
 
         # In a subquery of its own it is worked out once, so that PostgreSQL can use the index.
@@ -363,17 +414,46 @@ class Statements:
         )
         if self.kind == "postgresql":
             doomed = self.doomed.cte("doomed")
-            self.purge: Executable = (
-                delete(self._table).where(c.scope == doomed.c.scope, c.key == doomed.c.key).returning(c.scope, c.key)
+            purged = (
+                delete(self.table)
+                .where(c.scope == doomed.c.scope, c.key == doomed.c.key)
+                .returning(c.scope, c.key)
+                .cte("purged")
             )
+            # No step of theirs can be under way: a running record is not purged.
+            with_them = (
+                delete(steps).where(steps.c.scope == purged.c.scope, steps.c.key == purged.c.key).cte("with_them")
+            )
+            self.purge: Executable = select(purged).add_cte(with_them)
         elif self.kind == "sqlite":
-            self.purge = delete(self._table).where(tuple_(c.scope, c.key).in_(self.doomed)).returning(c.scope, c.key)
+            self.purge = delete(self.table).where(tuple_(c.scope, c.key).in_(self.doomed)).returning(c.scope, c.key)
+
+    @cache  # noqa: B019 (as below)
+    def audit(self, *, by_scope: bool, by_key: bool) -> Select[Any]:
+        """Return the statement for the last entries of the audit."""
+        a = self._audit.c
+        last = select(*(each for each in a if each is not a.id)).order_by(a.id.desc())
+        last = last.limit(bindparam("limit", type_=Integer()))
+        if by_scope:
+            last = last.where(a.scope == bindparam("at_scope"))
+        if by_key:
+            last = last.where(a.key == bindparam("at_key"))
+        return last
 
     @cache  # noqa: B019 (there are as many as kinds of databases in use, and they live as long as the process)
-    def records(self, *, by_state: bool, by_scope: bool, after: bool) -> Select[Any]:
-        """Return the statement for one page of a listing."""
+    def records(
+        self, *, by_state: bool, by_scope: bool, after: bool, by_attention: Literal["none", "any", "state"]
+    ) -> Select[Any]:
+        """Return the statement for one page of a listing.
+
+        There is no index on the state. Those that wait for a person have it as `attention` too, which has a small one.
+        """
         c = self._columns
         page = self._all.order_by(c.scope, c.key).limit(bindparam("limit", type_=Integer()))
+        if by_attention == "any":
+            page = page.where(c.attention.is_not(None))
+        elif by_attention == "state":
+            page = page.where(c.attention == bindparam("in_state"))
         if by_state:
             page = page.where(c.state == bindparam("in_state"))
         if by_scope:

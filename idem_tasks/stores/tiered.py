@@ -7,9 +7,13 @@ moment: whatever it does, or fails to do, never changes what is promised.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 from idem_tasks.claims import (
+    AuditEntry,
     ClaimAnswer,
     ClaimRequest,
     EncodedOutcome,
@@ -23,6 +27,9 @@ from idem_tasks.claims import (
     Release,
     Released,
     State,
+    StepBegun,
+    StepFinished,
+    StepsDiffer,
 )
 from idem_tasks.errors import IdemTasksError, StoreConfigurationError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer, EventName
@@ -32,9 +39,18 @@ from idem_tasks.stores.base import (
     MarkerPending,
     MarkerRunning,
     MarkerTaken,
+    Outbox,
     RecordTier,
     RuntimeName,
+    SessionSource,
+    Transaction,
+    journal_of,
+    outbox_of,
+    sql_records,
+    transaction_of,
 )
+
+A = TypeVar("A", bound=Recorded | Finished | Lost | None)
 
 
 class TieredStore:
@@ -63,6 +79,11 @@ class TieredStore:
             self._siblings[runtime] = sibling
         return self._siblings[runtime]
 
+    @property
+    def outbox(self) -> Outbox | None:
+        """The outbox of the record, if that has one."""
+        return outbox_of(self._record)
+
     async def claim(self, request: ClaimRequest) -> ClaimAnswer:
         """Ask the marker first, and the record unless the marker knows the answer."""
         try:
@@ -76,7 +97,8 @@ class TieredStore:
                 raise StoreUnavailableError(
                     f"the marker cannot be taken ({error}), and the policy is on_marker_unavailable='raise'"
                 ) from error
-            return await self._claim_record(request)
+            # It may have taken effect, or do so at any later time: our own outcome must not take its place then.
+            return await self._claim_record(replace(request, take=None))
         match seen:
             case MarkerRunning(retry_after):
                 return InProgress(retry_after)
@@ -88,10 +110,7 @@ class TieredStore:
                 return await self._claim_record(request)
 
     async def _claim_record(self, request: ClaimRequest) -> ClaimAnswer:
-        """Claim the record; unless it is granted, publish in our marker's place or take that away again.
-
-        Also when the marker seemed unreachable: its command may have taken effect, only the reply was lost.
-        """
+        """Claim the record; unless it is granted, publish in our marker's place or take that away again."""
         try:
             answer = await self._record.claim(request)
         except IdemTasksError:
@@ -111,21 +130,49 @@ class TieredStore:
         written = await self._record.write_through(
             request.scope, request.key, pending, retention=request.policy.retention
         )
-        if not written:
+        if written:
+            self._announce(EventName.OUTCOME_WRITTEN_THROUGH, request.scope, request.key)
+        else:
             # Its claim was taken over, or a person decided: that outcome can never be recorded any more.
             self._announce(EventName.OUTCOME_DROPPED, request.scope, request.key, reason="superseded")
-            with self._marker_may_fail(request.scope, request.key):
-                await self._marker.drop_pending(request.scope, request.key, pending)
+        with self._marker_may_fail(request.scope, request.key):
+            await self._marker.drop_pending(request.scope, request.key, pending)
+        if not written:
             return await self._claim_record(request)
-        self._announce(EventName.OUTCOME_WRITTEN_THROUGH, request.scope, request.key)
-        finished = Finished(
+        return Finished(
             outcome=pending.outcome,
             fingerprint=pending.fingerprint,
             expires_in=request.policy.retention,
             fencing_token=pending.fencing_token,
         )
-        await self._publish(request, finished, owner=pending.owner)
-        return finished
+
+    async def decide(
+        self, dead: Lease, request: ClaimRequest, outcome: EncodedOutcome | None
+    ) -> Granted | Finished | Lost:
+        """End the doubt in the record, behind a marker of our own: the outcome or the new run needs one."""
+        try:
+            seen = await self._marker.take(request)
+        except StoreError as error:
+            self._marker_failed(error, request.scope, request.key)
+            request = replace(request, take=None)
+        else:
+            if isinstance(seen, MarkerPending):
+                return Lost()  # the dead holder woke up: the next claim brings its outcome to the record
+            if not isinstance(seen, MarkerTaken):
+                request = replace(request, take=None)  # another delivery's, which is about to meet the doubt
+        try:
+            answer = await self._record.decide(dead, request, outcome)
+        except IdemTasksError:
+            await self._give_back(request.scope, request.key, request.owner)
+            raise
+        match answer:
+            case Granted():
+                pass
+            case Finished():
+                await self._publish(request, answer)
+            case Lost():  # pragma: no branch - there is no other answer
+                await self._give_back(request.scope, request.key, request.owner)
+        return answer
 
     async def renew(self, leases: Sequence[Lease], still_held: Callable[[str], bool]) -> frozenset[str]:
         """Renew the records, then the markers of those renewed whose finish has not begun."""
@@ -143,10 +190,30 @@ class TieredStore:
     ) -> Recorded | Finished | Lost:
         """Record the outcome, then let the marker answer with it."""
         answer = await self._record.finish(lease, outcome, may_insert=may_insert)
+        await self._follow(lease, outcome, answer)
+        return answer
+
+    def transaction(self, lease: Lease, source: SessionSource, given: Any) -> Transaction:
+        """Return the record's transaction, which the marker follows; `ConfigurationError` where it has none."""
+        return _FollowedTransaction(transaction_of(self._record, lease, source, given), partial(self._follow, lease))
+
+    def finish_in(self, connection: Any, lease: Lease, outcome: EncodedOutcome) -> bool:
+        """Write the outcome of the record in a transaction of the user's; the marker follows when it is looked at."""
+        return sql_records(self._record).finish_in(connection, lease, outcome)
+
+    async def look(self, lease: Lease, outcome: EncodedOutcome) -> Recorded | Finished | Lost | None:
+        """Tell whether that transaction was committed, and let the marker say the same."""
+        answer = await sql_records(self._record).look(lease, outcome)
+        if answer is not None:
+            await self._follow(lease, outcome, answer)
+        return answer
+
+    async def _follow(self, lease: Lease, outcome: EncodedOutcome, answer: Recorded | Finished | Lost) -> None:
+        """Let the marker say what the record says."""
         match answer:
             case Recorded():
                 finished = Finished(
-                    outcome=outcome,
+                    outcome=replace(outcome, messages=()),  # they are in the outbox: a duplicate sends none
                     fingerprint=lease.request.fingerprint,
                     expires_in=lease.policy.retention,
                     fencing_token=lease.fencing_token,
@@ -157,7 +224,6 @@ class TieredStore:
                 await self._publish(lease.request, answer)
             case Lost():  # pragma: no branch - there is no other answer
                 await self._give_back(lease.scope, lease.key, lease.owner)
-        return answer
 
     async def keep_pending(self, lease: Lease, outcome: EncodedOutcome) -> bool:
         """Keep the outcome in the marker for the next delivery to write through."""
@@ -176,27 +242,58 @@ class TieredStore:
             await self._give_back(lease.scope, lease.key, lease.owner)
         return answer
 
+    async def begin_step(self, lease: Lease, position: int, name: str) -> StepBegun | StepFinished | StepsDiffer | Lost:
+        """Begin a step in the record's journal; raises `ConfigurationError` if it has none."""
+        return await journal_of(self._record).begin_step(lease, position, name)
+
+    async def finish_step(
+        self, lease: Lease, position: int, name: str, outcome: EncodedOutcome
+    ) -> Recorded | StepFinished | Lost:
+        """Finish a step in the record's journal."""
+        return await journal_of(self._record).finish_step(lease, position, name, outcome)
+
     async def get(self, scope: str, key: str) -> Record | None:
         """Return the record."""
         return await self._record.get(scope, key)
 
-    async def forget(self, scope: str, key: str) -> bool:
+    async def forget(
+        self, scope: str, key: str, *, expect_token: int | None = None, actor: str = "", reason: str | None = None
+    ) -> AuditEntry | None:
         """Delete the record, then the marker, also where there was no record."""
-        existed = await self._record.forget(scope, key)
+        done = await self._record.forget(scope, key, expect_token=expect_token, actor=actor, reason=reason)
         await self._drop([(scope, key)])
-        return existed
+        return done
 
-    async def resolve(self, scope: str, key: str, outcome: EncodedOutcome | None) -> Record | None:
+    async def resolve(
+        self,
+        scope: str,
+        key: str,
+        outcome: EncodedOutcome | None,
+        *,
+        expect_token: int | None = None,
+        actor: str = "",
+        reason: str | None = None,
+    ) -> AuditEntry | None:
         """End the record as a person says, then delete the marker."""
-        record = await self._record.resolve(scope, key, outcome)
+        done = await self._record.resolve(scope, key, outcome, expect_token=expect_token, actor=actor, reason=reason)
         await self._drop([(scope, key)])
-        return record
+        return done
+
+    async def audit(self, *, scope: str | None, key: str | None, limit: int) -> list[AuditEntry]:
+        """Return the audit of the record tier."""
+        return await self._record.audit(scope=scope, key=key, limit=limit)
 
     async def records(
-        self, *, state: State | None, scope: str | None, after: tuple[str, str] | None, limit: int
+        self,
+        *,
+        state: State | None,
+        scope: str | None,
+        after: tuple[str, str] | None,
+        limit: int,
+        attention: bool = False,
     ) -> list[Record]:
         """Return records."""
-        return await self._record.records(state=state, scope=scope, after=after, limit=limit)
+        return await self._record.records(state=state, scope=scope, after=after, limit=limit, attention=attention)
 
     async def stats(self) -> dict[State, int]:
         """Return how many records there are in each state."""
@@ -222,11 +319,11 @@ class TieredStore:
         finally:
             await self._record.close()
 
-    async def _publish(self, request: ClaimRequest, finished: Finished, owner: str | None = None) -> None:
+    async def _publish(self, request: ClaimRequest, finished: Finished) -> None:
         ttl = min(request.policy.cache_ttl, finished.expires_in)
         if ttl > 0:
             with self._marker_may_fail(request.scope, request.key):
-                await self._marker.publish(request.scope, request.key, owner or request.owner, finished, ttl)
+                await self._marker.publish(request, finished, ttl)
 
     async def _give_back(self, scope: str, key: str, owner: str) -> None:
         with self._marker_may_fail(scope, key):
@@ -252,3 +349,64 @@ class TieredStore:
 
     def _marker_failed(self, error: StoreError, scope: str = "", key: str = "") -> None:
         self._announce(EventName.MARKER_UNAVAILABLE, scope, key, error=str(error))
+
+
+class _FollowedTransaction:
+    """A transaction of the record tier, after which the marker answers with its outcome."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        follow: Callable[[EncodedOutcome, Recorded | Finished | Lost], Awaitable[None]],
+    ) -> None:
+        self._transaction = transaction
+        self._follow = follow
+        self._outcome = EncodedOutcome()
+
+    @property
+    def session(self) -> Any:
+        return self._transaction.session
+
+    @property
+    def commit_begun(self) -> bool:
+        return self._transaction.commit_begun
+
+    @property
+    def may_be_committed(self) -> bool:
+        return self._transaction.may_be_committed
+
+    @property
+    def is_cut_off(self) -> bool:
+        return self._transaction.is_cut_off
+
+    async def begin(self) -> Finished | Lost | None:
+        return await self._followed(await self._transaction.begin())
+
+    async def commit(self, outcome: EncodedOutcome) -> bool:
+        self._outcome = outcome
+        is_committed = await self._transaction.commit(outcome)
+        await self._followed(Recorded() if is_committed else None)
+        return is_committed
+
+    async def roll_back(self, *, throw_away: bool) -> None:
+        await self._transaction.roll_back(throw_away=throw_away)
+
+    async def look(self) -> Recorded | Finished | Lost | None:
+        return await self._followed(await self._transaction.look())
+
+    async def close(self) -> None:
+        await self._transaction.close()
+
+    def is_conflict(self, error: BaseException) -> bool:
+        return self._transaction.is_conflict(error)
+
+    def check_steps(self) -> None:
+        self._transaction.check_steps()
+
+    def untouched(self) -> contextlib.AbstractContextManager[None]:
+        return self._transaction.untouched()
+
+    async def _followed(self, answer: A) -> A:
+        if answer is not None:
+            await self._follow(self._outcome, answer)
+        return answer

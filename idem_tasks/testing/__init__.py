@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from idem_tasks.testing.marker_contract import MarkerContract
     from idem_tasks.testing.redelivery import crash_point
     from idem_tasks.testing.report import IdempotencyReport, ReportedPoint
+    from idem_tasks.testing.step_contract import StepContract
 
 __all__ = [
     "Driver",
@@ -24,6 +25,7 @@ __all__ = [
     "MarkerContract",
     "RecordTierContract",
     "ReportedPoint",
+    "StepContract",
     "StoreContract",
     "aassert_idempotent",
     "assert_idempotent",
@@ -31,7 +33,9 @@ __all__ = [
 ]
 
 # Before the suites are imported: a failed assertion then shows its values.
-pytest.register_assert_rewrite("idem_tasks.testing.contract", "idem_tasks.testing.marker_contract")
+pytest.register_assert_rewrite(
+    "idem_tasks.testing.contract", "idem_tasks.testing.marker_contract", "idem_tasks.testing.step_contract"
+)
 
 # Imported when they are first named: the pytest plugin is loaded in every run, also by those who use none of them.
 _ON_DEMAND = {
@@ -41,6 +45,7 @@ _ON_DEMAND = {
     "MarkerContract": "marker_contract",
     "RecordTierContract": "contract",
     "ReportedPoint": "report",
+    "StepContract": "step_contract",
     "StoreContract": "contract",
     "aassert_idempotent": "idempotent",
     "assert_idempotent": "idempotent",

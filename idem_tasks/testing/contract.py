@@ -8,20 +8,24 @@ Make a subclass in a test module and give it a fixture `store`:
             return MyStore()
 
 Every test runs in both runtimes and uses a scope that no other test uses, so a store may be shared between tests and
-need not be emptied. Set `runtimes`, `keeps_ended` and `keeps_generations` where the store differs, and override
-`pause` where it has a clock of its own.
+need not be emptied. Set `runtimes`, `keeps_ended`, `keeps_generations`, `decides` and `keeps_audit` where the store
+differs, and override `pause` where it has a clock of its own.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 
+from idem_tasks.asking import Verdict
 from idem_tasks.claims import (
+    AuditEntry,
+    DeadClaim,
     EncodedOutcome,
     Finished,
     Granted,
@@ -35,8 +39,9 @@ from idem_tasks.claims import (
     Recorded,
     Released,
     State,
+    action_of,
 )
-from idem_tasks.errors import ConflictError, InProgressError
+from idem_tasks.errors import ConfigurationError, ConflictError, InProgressError
 from idem_tasks.events import Announcer
 from idem_tasks.stores.base import MarkerPending, RecordTier, RuntimeName, Store
 from idem_tasks.testing.driver import Driver
@@ -53,17 +58,21 @@ from idem_tasks.testing.store_in_use import (
 )
 
 
-class StoreContract:
-    """What a store promises; a subclass gives the store."""
+def dont_know(_claim: DeadClaim) -> Verdict:
+    """Stand for a function given as `on_crash`; a store never calls it."""
+    raise AssertionError("a store called the policy's function")
+
+
+def fence_of(lease: Lease) -> tuple[str, int]:
+    """Return what a record obeys."""
+    return lease.owner, lease.fencing_token
+
+
+class StoreSuite:
+    """The fixtures of all suites for stores; a subclass gives the store."""
 
     runtimes: tuple[RuntimeName, ...] = ("blocking", "asyncio")
     """The runtimes to test it in."""
-
-    keeps_ended = True
-    """False for a store whose records vanish by themselves when their retention is over, as keys in Redis do."""
-
-    keeps_generations = True
-    """False for a store that forgets an expired record when its key is claimed afresh."""
 
     @pytest.fixture
     def store(self) -> Store:
@@ -91,6 +100,22 @@ class StoreContract:
             driver(use.store.prepare())
             yield use
             driver(use.store.close())
+
+
+class StoreContract(StoreSuite):
+    """What a store promises; a subclass gives the store."""
+
+    keeps_ended = True
+    """False for a store whose records vanish by themselves when their retention is over, as keys in Redis do."""
+
+    keeps_generations = True
+    """False for a store that forgets an expired record when its key is claimed afresh."""
+
+    decides = True
+    """False for a store without `decide`: under a function as `on_crash` its records stay in doubt, as under hold."""
+
+    keeps_audit = True
+    """False for a store that keeps no audit: `Store.audit` raises `ConfigurationError` then."""
 
     # Claiming.
 
@@ -532,6 +557,135 @@ class StoreContract:
         again = use.granted("sure")
         assert (again.attempts, again.failures, again.crashes) == (2, 1, 1)
 
+    # Ending a doubt by what a function found out.
+
+    def doubted(self, use: StoreInUse, key: str = "key", **how: Any) -> tuple[Lease, Lease]:
+        """Put a dead holder's record in doubt; return the lease it had, and what the claim that found it was told."""
+        if not self.decides:
+            pytest.skip("this store decides nothing")
+        held = use.granted(key, lease=SHORT, **how)
+        answer = use.after_the_lease(key, on_crash=dont_know)
+        assert answer == InDoubt(new=True)
+        assert isinstance(answer, InDoubt)
+        assert answer.dead is not None
+        return held, answer.dead
+
+    def test_a_doubt_tells_whose_claim_it_is_about(self, use: StoreInUse) -> None:
+        """Who finds a dead holder, and nobody else, learns its fence and counts; the record keeps that fence."""
+        held, dead = self.doubted(use)
+        assert (dead.scope, dead.key, dead.owner, dead.fencing_token) == (use.scope, "key", *fence_of(held))
+        assert (dead.attempts, dead.failures, dead.crashes, dead.generation) == (1, 0, 1, 1)
+        record = use.record()
+        assert (record.state, record.attention, record.crashes) == (State.IN_DOUBT, "in_doubt", 1)
+        assert (record.owner, record.fencing_token) == fence_of(held)
+        other = use.claim(on_crash=dont_know)
+        assert other == InDoubt()
+        assert isinstance(other, InDoubt)
+        assert other.dead is None
+
+    @pytest.mark.parametrize("outcome", [OTHER, DECLINED], ids=["completed", "failed"])
+    def test_an_outcome_ends_the_doubt(self, use: StoreInUse, outcome: EncodedOutcome) -> None:
+        """It is recorded under a new token and owner, answers every claim, and the dead holder's finish misses."""
+        held, dead = self.doubted(use, fingerprint="a" * 64)
+        asker = use.request()
+        answer = use.decide(dead, asker, outcome)
+        assert isinstance(answer, Finished)
+        assert (answer.outcome, answer.fingerprint) == (outcome, "a" * 64)
+        assert 0 < answer.expires_in <= 7200
+        record = use.record()
+        assert (record.state, record.outcome, record.error_type) == (outcome.state, outcome.body, outcome.error_type)
+        assert (record.owner, record.attention) == (asker.owner, "failed" if outcome is DECLINED else None)
+        assert record.fencing_token > dead.fencing_token
+        assert record.fencing_token == answer.fencing_token
+        assert record.completed_at is not None
+        assert record.expires_at > record.completed_at
+        late = use.finish(held)
+        assert isinstance(late, Finished)
+        assert late.outcome == outcome
+        replayed = use.claim()
+        assert isinstance(replayed, Finished)
+        assert replayed.outcome == outcome
+
+    def test_a_rerun_ends_the_doubt(self, use: StoreInUse) -> None:
+        """It is granted under a higher token, as a takeover; the dead holder's finish, renewal and release miss."""
+        held, dead = self.doubted(use)
+        asker = use.request(fingerprint="b" * 64, holder="web-2:5")
+        answer = use.decide(dead, asker, None)
+        assert isinstance(answer, Granted)
+        lease = answer.lease
+        assert (lease.owner, lease.attempts, lease.crashes, lease.taken_over) == (asker.owner, 2, 1, True)
+        assert lease.fencing_token > dead.fencing_token
+        record = use.record()
+        assert (record.state, record.attention, record.attempts) == (State.RUNNING, None, 2)
+        assert (record.owner, record.fencing_token) == fence_of(lease)
+        assert (record.fingerprint, record.holder) == ("b" * 64, "web-2:5")
+        assert use.finish(held, OTHER) == Lost()
+        assert use.release(held) == Lost()
+        assert use.renew(held) == frozenset()
+        assert isinstance(use.claim(), InProgress)
+        assert use.renew(lease) == {lease.owner}
+        assert use.finish(lease) == Recorded()
+
+    @pytest.mark.parametrize("outcome", [OTHER, None], ids=["outcome", "rerun"])
+    def test_a_decision_whose_answer_was_lost_is_the_same_again(
+        self, use: StoreInUse, outcome: EncodedOutcome | None
+    ) -> None:
+        """The same owner deciding again, or claiming, gets what its first try did, with the same token (F21)."""
+        _, dead = self.doubted(use)
+        asker = use.request()
+        first = use.decide(dead, asker, outcome)
+        again = use.decide(dead, asker.again(), outcome)
+        claimed = use.claim(asker.again().again())
+        assert type(first) is type(again) is type(claimed)
+        assert use.record().attempts == (1 if outcome else 2)
+        if isinstance(first, Granted):
+            assert isinstance(again, Granted)
+            assert isinstance(claimed, Granted)
+            assert first.lease.fencing_token == again.lease.fencing_token == claimed.lease.fencing_token
+            assert again.lease.taken_over
+            assert claimed.lease.taken_over
+
+    @pytest.mark.parametrize("outcome", [OTHER, None], ids=["outcome", "rerun"])
+    @pytest.mark.parametrize("how", ["finished", "released", "resolved", "rerun", "forgotten", "doubted again"])
+    def test_a_decision_about_a_doubt_that_has_ended_is_lost(
+        self, use: StoreInUse, outcome: EncodedOutcome | None, how: str
+    ) -> None:
+        """Whoever ended it first decided: the late holder, a person; a later doubt is about another claim."""
+        held, dead = self.doubted(use)
+        match how:
+            case "finished":
+                assert use.finish(held) == Recorded()
+            case "released":
+                assert use.release(held) == Released(State.RELEASED)
+            case "resolved":
+                use.resolve(DONE)
+            case "rerun":
+                use.resolve(None)
+            case "forgotten":
+                assert use.forget()
+            case "doubted again":
+                use.resolve(None)
+                use.granted(lease=SHORT)
+                assert use.after_the_lease(on_crash=dont_know) == InDoubt(new=True)
+        before = use.get()
+        assert use.decide(dead, use.request(), outcome) == Lost()
+        assert use.get() == before
+
+    @pytest.mark.parametrize("outcome", [OTHER, None], ids=["outcome", "rerun"])
+    def test_the_fence_of_a_decision_is_both_token_and_owner(
+        self, use: StoreInUse, outcome: EncodedOutcome | None
+    ) -> None:
+        """A claim that was not the last decides nothing."""
+        _, dead = self.doubted(use)
+        for stranger in (Lease(use.request(), dead.fencing_token), Lease(dead.request, dead.fencing_token - 1)):
+            assert use.decide(stranger, use.request(), outcome) == Lost()
+        assert use.record().state is State.IN_DOUBT
+
+    def test_too_many_crashes_park_before_anybody_asks(self, use: StoreInUse) -> None:
+        """`max_crashes` goes before a function: a message that kills every worker needs a person."""
+        use.granted(lease=SHORT)
+        assert use.after_the_lease(max_crashes=0, on_crash=dont_know) == Parked(crashes=1, failures=0, new=True)
+
     # Retention.
 
     def ended(self, use: StoreInUse, key: str = "key", outcome: EncodedOutcome = DONE) -> Lease:
@@ -846,6 +1000,105 @@ class StoreContract:
         assert isinstance(replay, Finished)
         assert replay.outcome == outcome
 
+    # Who did it, and on what they saw.
+
+    @pytest.mark.parametrize("outcome", [DONE, DECLINED, None], ids=["resolve", "fail", "rerun"])
+    def test_resolve_tells_what_it_did(self, use: StoreInUse, outcome: EncodedOutcome | None) -> None:
+        """Its answer, and the audit where there is one, say who did what to which record, when and why."""
+        lease = self.waiting(use, "in doubt")
+        done = use.driver(use.store.resolve(use.scope, "key", outcome, actor="ann@ops", reason="seen at the bank"))
+        record = use.record()
+        assert done is not None
+        assert (done.action, done.scope, done.key) == (action_of(outcome), use.scope, "key")
+        assert (done.actor, done.reason) == ("ann@ops", "seen at the bank")
+        assert (done.state_before, done.token_before) == (State.IN_DOUBT, lease.fencing_token)
+        assert (done.state_after, done.token_after) == (record.state, record.fencing_token)
+        assert abs((done.at - record.updated_at).total_seconds()) < 5
+        self.audited(use, done)
+
+    def test_forget_tells_what_it_did(self, use: StoreInUse) -> None:
+        """Of a record that is gone the audit is all that is left."""
+        lease = self.waiting(use, "parked")
+        done = use.forget(actor="ann@ops")
+        assert done is not None
+        assert (done.action, done.actor, done.reason) == ("forget", "ann@ops", None)
+        assert (done.state_before, done.token_before) == (State.PARKED, lease.fencing_token)
+        assert (done.state_after, done.token_after) == (None, None)
+        self.audited(use, done)
+
+    @pytest.mark.parametrize("outcome", [DONE, None], ids=["outcome", "rerun"])
+    def test_a_functions_answer_is_audited_too(self, use: StoreInUse, outcome: EncodedOutcome | None) -> None:
+        """A doubt that no person ended can be told from one that was."""
+        _, dead = self.doubted(use)
+        use.decide(dead, use.request(holder="web-2:5"), outcome)
+        if self.keeps_audit:
+            [entry] = self.audit(use)
+            record = use.record()
+            assert (entry.action, entry.actor, entry.state_before) == ("answer", "web-2:5", State.IN_DOUBT)
+            assert (entry.state_after, entry.token_after) == (record.state, record.fencing_token)
+            assert entry.token_before == dead.fencing_token
+
+    def test_the_audit_is_listed_from_the_last_one(self, use: StoreInUse) -> None:
+        """Of a key, of a scope, or of all; no more than asked for."""
+        if not self.keeps_audit:
+            with pytest.raises(ConfigurationError):
+                self.audit(use)
+            return
+        for number in range(3):
+            use.release(use.granted(str(number)), in_doubt=True)
+            use.resolve(DONE, str(number))
+        use.forget("1")
+        assert [(entry.key, entry.action) for entry in self.audit(use)] == [
+            ("1", "forget"),
+            ("2", "resolve"),
+            ("1", "resolve"),
+            ("0", "resolve"),
+        ]
+        assert [entry.action for entry in self.audit(use, key="1")] == ["forget", "resolve"]
+        assert [entry.key for entry in self.audit(use, limit=2)] == ["1", "2"]
+        assert self.audit(use, scope="nobody's") == []
+        assert self.audit(use, scope=None, limit=1)[0].scope == use.scope
+
+    def test_a_long_reason_is_cut_and_never_fails(self, use: StoreInUse) -> None:
+        """Nor does a NUL in it, or a name longer than its column."""
+        for letter in ("x", "\U0001f600", "\x00"):
+            self.waiting(use, "in doubt")
+            assert use.forget(actor=letter * 1000, reason="why: " + letter * 100_000)
+        if self.keeps_audit:
+            assert all((entry.reason or "").startswith("why: ") for entry in self.audit(use))
+
+    @pytest.mark.parametrize("outcome", [DONE, None], ids=["outcome", "rerun"])
+    def test_a_person_changes_what_they_saw(self, use: StoreInUse, outcome: EncodedOutcome | None) -> None:
+        """With the token of a record that has moved on nothing is done: a late answer ends no later doubt."""
+        seen = self.waiting(use, "in doubt").fencing_token
+        use.resolve(None)
+        self.waiting(use, "in doubt")
+        before = use.record()
+        for verb in (partial(use.resolve, outcome), use.forget):
+            with pytest.raises(ConflictError) as refused:
+                verb(expect_token=seen)
+            assert not isinstance(refused.value, InProgressError)
+            assert (refused.value.scope, refused.value.key) == (use.scope, "key")
+            assert str(before.fencing_token) in str(refused.value)
+            assert "in_doubt" in str(refused.value)
+        assert use.record() == before
+        assert use.resolve(outcome, expect_token=before.fencing_token)
+        after = use.record()
+        assert after.state is (State.RELEASED if outcome is None else State.COMPLETED)
+        assert use.forget(expect_token=after.fencing_token)
+
+    def audit(self, use: StoreInUse, **wanted: Any) -> list[AuditEntry]:
+        """Return the audit of this test's scope."""
+        how: dict[str, Any] = {"scope": use.scope, "key": None, "limit": 100, **wanted}
+        return use.driver(use.store.audit(**how))
+
+    def audited(self, use: StoreInUse, done: AuditEntry) -> None:
+        """Expect this to be the last entry of the audit, if there is one."""
+        if self.keeps_audit:
+            entry = self.audit(use)[0]
+            assert abs((entry.at - done.at).total_seconds()) < 5
+            assert replace(entry, at=done.at) == done
+
     def waiting(self, use: StoreInUse, what: str) -> Lease:
         """Bring the record into a state that waits for a person, and return its last lease."""
         lease = use.granted(lease=SHORT, max_attempts=1, on_crash="hold")
@@ -886,6 +1139,13 @@ class StoreContract:
         for state in State:
             assert [record.key for record in self.page(use, state=state)] == [state.value]
         assert len(self.page(use)) == len(State)
+        waiting = [State.FAILED.value, State.IN_DOUBT.value, State.PARKED.value]
+        assert [record.key for record in self.page(use, attention=True)] == waiting
+        assert [record.key for record in self.page(use, attention=True, state=State.PARKED)] == ["parked"]
+        assert [record.key for record in self.page(use, attention=True, state=State.RUNNING)] == []
+        assert [record.key for record in self.page(use, attention=True, after=(use.scope, "failed"), limit=1)] == [
+            "in_doubt"
+        ]
 
     def test_records_without_a_scope_are_those_of_all(self, use: StoreInUse) -> None:
         """Paging goes on from one scope to the next."""
@@ -1005,6 +1265,38 @@ class StoreContract:
         assert answers.count(InDoubt(new=True)) == 1
         assert all(isinstance(answer, InDoubt | InProgress) for answer in answers)
         assert use.record().crashes == 1
+
+    def test_one_of_many_finders_is_to_ask(self, use: StoreInUse) -> None:
+        """Of 20 simultaneous claims under a function one is told whose claim it is, and so may ask."""
+        dead = use.granted(lease=SHORT)
+        use.let_expire(dead)
+        answers = use.claim_together([use.request(on_crash=dont_know) for _ in range(TAKERS)])
+        told = [answer for answer in answers if isinstance(answer, InDoubt) and (answer.new or answer.dead)]
+        assert len(told) == 1
+        assert (told[0].dead is not None) == self.decides
+        assert all(isinstance(answer, InDoubt | InProgress) for answer in answers)
+        assert use.record().crashes == 1
+
+    def test_one_of_many_decisions_counts(self, use: StoreInUse) -> None:
+        """Nobody decides beside another; could they, one compare-and-set of them would find the doubt."""
+        _, dead = self.doubted(use)
+        deciders = [
+            partial(use.store.decide, dead, use.request(), OTHER if number % 2 else None) for number in range(TAKERS)
+        ]
+        answers = use.driver.together(deciders)
+        assert len([answer for answer in answers if not isinstance(answer, Lost)]) == 1
+
+    def test_a_late_finish_and_a_decision_do_not_both_win(self, use: StoreInUse) -> None:
+        """However they meet, one outcome is recorded, and everybody is told that one."""
+        doubts = [self.doubted(use, f"key {number}") for number in range(5)]
+        verbs: list[Callable[[], Any]] = []
+        for held, dead in doubts:
+            verbs.append(partial(use.store.finish, held, DONE, may_insert=False))
+            verbs.append(partial(use.store.decide, dead, use.request(held.key), OTHER))
+        answers = use.driver.together(verbs)
+        for (held, _), finished, decided in zip(doubts, answers[::2], answers[1::2], strict=True):
+            assert (finished == Recorded()) == (decided == Lost())
+            assert use.record(held.key).outcome == (DONE if finished == Recorded() else OTHER).body
 
     def test_many_takers_park_once(self, use: StoreInUse) -> None:
         """Of 20 simultaneous claims over the limit of crashes one parks the record."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -62,7 +63,7 @@ class MarkerInUse:
     def publish(self, lease: Lease, outcome: EncodedOutcome = DONE, ttl: float = LONG) -> Finished:
         """Publish an outcome as a `TieredStore` does, and return what was published."""
         finished = Finished(outcome, lease.request.fingerprint, 3600.0, lease.fencing_token)
-        self.driver(self.marker.publish(lease.scope, lease.key, lease.owner, finished, ttl))
+        self.driver(self.marker.publish(lease.request, finished, ttl))
         return finished
 
     def keep(self, lease: Lease, outcome: EncodedOutcome = DONE) -> bool:
@@ -281,18 +282,27 @@ class MarkerContract:
         assert use.keep(lease)
         assert not use.keep(stranger, OTHER)
         assert use.pending().outcome == DONE
-        use.publish(lease)
-        assert not use.keep(stranger, OTHER)
-        assert isinstance(use.take(), MarkerFinished)
+        published = use.taken("published")
+        use.publish(published)
+        assert not use.keep(Lease(use.request("published"), 1), OTHER)
+        assert isinstance(use.take("published"), MarkerFinished)
 
-    def test_a_pending_outcome_becomes_a_published_one(self, use: MarkerInUse) -> None:
-        """Once it is written through, the same owner's finished outcome replaces it."""
+    def test_a_pending_outcome_gives_way_to_the_record(self, use: MarkerInUse) -> None:
+        """Once it is recorded, the same owner's publish takes it away: the next duplicate asks the record (F53)."""
         lease = use.taken()
         use.keep(lease)
         use.publish(lease)
-        answer = use.take()
-        assert isinstance(answer, MarkerFinished)
-        assert answer.finished.outcome == DONE
+        use.taken()
+
+    def test_only_the_marker_that_this_take_set_becomes_an_outcome(self, use: MarkerInUse) -> None:
+        """One set by another take of the same owner may have come after a person forgot the record (F53)."""
+        lease = use.taken()
+        again = lease.request.again()
+        assert use.take(again) == MarkerTaken()
+        use.publish(Lease(again, 1))
+        other = use.taken()
+        use.publish(Lease(replace(other.request, take=None), 1))
+        use.taken()
 
     def test_only_exactly_this_pending_marker_is_dropped(self, use: MarkerInUse) -> None:
         """What replaced it meanwhile stays."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from idem_tasks.call import Services
+from idem_tasks.claims import current_claim
 from idem_tasks.decorator import IdempotentFunction
 from idem_tasks.errors import (
     PUT_BACK,
@@ -200,7 +201,9 @@ class Message:
 
     async def _pass_by(self, tier: str, verb: str, when: Literal["before", "after"]) -> None:
         delivery = _current_delivery()
-        happening = delivery.pass_by(Place(tier, verb, when, nested=delivery.depth > 0))
+        # A handler's steps are written from within it, its claim and its finish from without.
+        outermost = 1 if verb in {"begin_step", "finish_step"} else 0
+        happening = delivery.pass_by(Place(tier, verb, when, nested=delivery.depth > outermost))
         if happening is not None:
             await happening()
 
@@ -257,10 +260,14 @@ class _Watched:
     def __init__(self, runtime: Runtime, message: Message) -> None:
         self._runtime = runtime
         self._message = message
+        self.ask = runtime.ask
         self.shield = runtime.shield
         self.can_wait = runtime.can_wait
+        self.drive = runtime.drive
 
     async def invoke(self, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if current_claim().step_running is not None:
+            return await self._runtime.invoke(handler, args, kwargs)
         return await self._message.run(handler, self._runtime.invoke(handler, args, kwargs))
 
     async def sleep(self, seconds: float) -> None:

@@ -6,8 +6,8 @@ raises, suspend, or let time pass.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from idem_tasks.events import Announcer
@@ -16,12 +16,17 @@ from idem_tasks.stores.base import Marker, RecordTier, RuntimeName
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A place to stop: `before` a command takes effect, or `after` it did and its reply is on the way."""
+    """A place to stop: `before` a command takes effect, or `after` it did and its reply is on the way.
+
+    A command's `args` and `kwargs` say how it can be let take effect at another time.
+    """
 
     tier: str
     verb: str
     when: Literal["before", "after"]
     answer: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 Reach = Callable[[Step], Awaitable[bool]]
@@ -44,7 +49,7 @@ class _Stepped:
         effect = getattr(self._tier, verb)
 
         async def stepped(*args: Any, **kwargs: Any) -> Any:
-            await self._reach(Step(self._name, verb, "before"))
+            await self._reach(Step(self._name, verb, "before", None, args, kwargs))
             while True:
                 answer = await effect(*args, **kwargs)
                 if not await self._reach(Step(self._name, verb, "after", answer)):

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from idem_tasks.claims import (
+    AuditEntry,
     ClaimAnswer,
     ClaimRequest,
     EncodedOutcome,
@@ -20,11 +21,14 @@ from idem_tasks.claims import (
     Release,
     Released,
     State,
+    StepBegun,
+    StepFinished,
+    StepsDiffer,
     new_owner,
 )
 from idem_tasks.events import Announcer
 from idem_tasks.policy import Policy
-from idem_tasks.stores.base import Store
+from idem_tasks.stores.base import Store, journal_of
 from idem_tasks.testing.driver import Driver
 
 SHORT = 0.3
@@ -110,14 +114,29 @@ class StoreInUse:
     def release(self, lease: Lease, **how: Any) -> Released | Finished | Lost:
         return self.driver(self.store.release(lease, Release(**how)))
 
+    def decide(self, dead: Lease, request: ClaimRequest, outcome: EncodedOutcome | None) -> Granted | Finished | Lost:
+        return self.driver(self.store.decide(dead, request, outcome))
+
+    def begin_step(
+        self, lease: Lease, position: int = 1, name: str = "charge"
+    ) -> StepBegun | StepFinished | StepsDiffer | Lost:
+        return self.driver(journal_of(self.store).begin_step(lease, position, name))
+
+    def finish_step(
+        self, lease: Lease, outcome: EncodedOutcome = DONE, position: int = 1, name: str = "charge"
+    ) -> Recorded | StepFinished | Lost:
+        return self.driver(journal_of(self.store).finish_step(lease, position, name, outcome))
+
     def renew(self, *leases: Lease) -> frozenset[str]:
         return self.driver(self.store.renew(leases, lambda _owner: True))
 
-    def forget(self, key: str = "key") -> bool:
-        return self.driver(self.store.forget(self.scope, key))
+    def forget(self, key: str = "key", **by: Any) -> AuditEntry | None:
+        return self.driver(self.store.forget(self.scope, key, **by))
 
-    def resolve(self, outcome: EncodedOutcome | None, key: str = "key") -> Record | None:
-        return self.driver(self.store.resolve(self.scope, key, outcome))
+    def resolve(self, outcome: EncodedOutcome | None, key: str = "key", **by: Any) -> Record | None:
+        """Resolve it, and return the record as it is then."""
+        done = self.driver(self.store.resolve(self.scope, key, outcome, **by))
+        return None if done is None else self.get(key)
 
     def get(self, key: str = "key") -> Record | None:
         return self.driver(self.store.get(self.scope, key))

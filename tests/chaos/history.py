@@ -25,8 +25,8 @@ FAULT_KINDS = (
     "sentinel_failover",
 )
 
-TASKS = ("charge", "pay")
-"""`charge` runs again after a crash, `pay` is held for a person."""
+TASKS = ("charge", "pay", "post")
+"""`charge` runs again after a crash, `pay` is held for a person, `post` writes a row in its record's transaction."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Effect:
-    """The outside effect of a handler happened."""
+    """The outside effect of a handler happened; of a `post`, its row is there at the end."""
 
     at: float
     shop: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 GAP = (0.4, 2.4)
@@ -43,9 +43,15 @@ class Planned:
     strength: float  # 0 to 1: how long, how much
 
 
-def planned(seed: int) -> Iterator[Planned]:
-    """Faults without end; each kind at each place once before any comes again."""
+def planned(seed: int, kinds: Collection[str] | None = None) -> Iterator[Planned]:
+    """Faults without end, of these kinds only; each kind at each place once before any comes again.
+
+    Raises `ValueError` where there is no such fault.
+    """
+    deck = [card for card in DECK if kinds is None or card[1] in kinds]
+    if not deck:
+        raise ValueError(f"no fault is of these kinds: {', '.join(kinds or ())}")
     chance = random.Random(f"faults {seed}")
     while True:
-        for shop, kind, part in chance.sample(DECK, k=len(DECK)):
+        for shop, kind, part in chance.sample(deck, k=len(deck)):
             yield Planned(chance.uniform(*GAP), kind, shop, part, chance.random(), chance.random())

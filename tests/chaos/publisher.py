@@ -7,7 +7,7 @@ import heapq
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -34,12 +34,21 @@ class Due:
 class Publisher:
     """A thread that publishes `rate` orders a second, for some seconds and then what is still due."""
 
-    def __init__(self, shop: str, settings: dict[str, Any], *, seed: int, seconds: float, rate: float) -> None:
+    def __init__(
+        self,
+        shop: str,
+        settings: dict[str, Any],
+        *,
+        seed: int,
+        seconds: float,
+        rate: float,
+        tasks: Sequence[str] = TASKS,
+    ) -> None:
         self.published: list[Published] = []
         self._shop = shop
         self._settings = settings
         self._chance = random.Random(f"orders of {shop} {seed}")
-        self._seconds, self._rate = seconds, rate
+        self._seconds, self._rate, self._tasks = seconds, rate, tasks
         self._stopped = threading.Event()
         self._asked: SimpleQueue[str | None] = SimpleQueue()  # None: look whether it is over
         self._failed: Exception | None = None
@@ -105,7 +114,7 @@ class Publisher:
         chance, found = self._chance, list[Due]()
         for number in range(int(self._seconds * self._rate)):
             at = (number + chance.random()) / self._rate
-            order, task = f"{number:05d}", chance.choice(TASKS)
+            order, task = f"{number:05d}", chance.choice(self._tasks)
             # A few run longer than their lease, which has to be renewed.
             whole = chance.uniform(1.1, 1.8) * LEASE if chance.random() < 0.06 else chance.uniform(0, 0.3)
             before = round(whole * chance.random(), 3)

@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from idem_tasks import Idempotency
 from idem_tasks.outcomes import JsonCodec, OutcomeContext
-from tests.chaos import history, report, verdict
+from tests.chaos import history, report, sales, verdict
 from tests.chaos.faults import LEASE, Faults, Shop
-from tests.chaos.history import Answered, Effect, Fault, History, Kept, Published, Started
+from tests.chaos.history import FAULT_KINDS, TASKS, Answered, Effect, Fault, History, Kept, Published, Started
 from tests.chaos.ledger import Ledger
 from tests.chaos.plan import planned
 from tests.chaos.proxy import Proxies
@@ -49,14 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=None, help="of faults and orders (default: a random one)")
     parser.add_argument("--folder", type=Path, default=None, help="for what is left of it (default: a temporary one)")
     parser.add_argument("--rate", type=float, default=RATE, help=f"orders a second of each shop (default: {RATE:g})")
+    parser.add_argument("--tasks", default=",".join(TASKS), help=f"which of {', '.join(TASKS)} are published")
+    parser.add_argument("--faults", default=",".join(FAULT_KINDS), help=f"which of {', '.join(FAULT_KINDS)} happen")
     given = parser.parse_args(arguments)
+    tasks, kinds = chosen(parser, given.tasks, TASKS), chosen(parser, given.faults, FAULT_KINDS)
     seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
     folder = given.folder or Path(tempfile.mkdtemp(prefix="idem-tasks-chaos-"))
     (folder / "workers").mkdir(parents=True, exist_ok=True)
     say(f"seed {seed}, {given.seconds:g} s of faults, everything is kept in {folder}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that everything is stopped then too
     try:
-        told, failed = chaos(given.seconds, seed, given.rate, folder)
+        told, failed = chaos(Plan(seed, given.seconds, given.rate, tasks, kinds), folder)
     except KeyboardInterrupt:
         say(f"seed {seed}: interrupted; everything is stopped")
         return 130
@@ -68,7 +72,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if judged.good and not failed else 1
 
 
-def chaos(seconds: float, seed: int, rate: float, folder: Path) -> tuple[History, list[str]]:
+def chosen(parser: argparse.ArgumentParser, given: str, known: Sequence[str]) -> tuple[str, ...]:
+    found = tuple(given.split(","))
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        parser.error(f"not known: {', '.join(unknown)}; known: {', '.join(known)}")
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to be."""
+
+    seed: int
+    seconds: float
+    rate: float
+    tasks: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def chaos(plan: Plan, folder: Path) -> tuple[History, list[str]]:
     """Run it all, stop it all; returns what happened, and which faults failed as such."""
     with contextlib.ExitStack() as cleaning:
         run = Run.begin()
@@ -79,7 +102,7 @@ def chaos(seconds: float, seed: int, rate: float, folder: Path) -> tuple[History
         ledger = cleaning.enter_context(Ledger(servers.ledger.url))
         ledger.prepare()
         prepare_records(servers.premises)
-        publishers = [new_publisher(premises, seed=seed, seconds=seconds, rate=rate) for premises in servers.premises]
+        publishers = [new_publisher(premises, plan) for premises in servers.premises]
         shops = [
             new_shop(run, servers, premises, publisher, folder)
             for premises, publisher in zip(servers.premises, publishers, strict=True)
@@ -95,7 +118,7 @@ def chaos(seconds: float, seed: int, rate: float, folder: Path) -> tuple[History
         faults = Faults(shops, servers.ledger.url)
         cleaning.callback(faults.end)  # before the rest, or it would start again what is stopped
         cleaning.callback(ignore_interruptions)
-        return Show(seed, seconds, shops, publishers, faults, ledger).play(), faults.failed
+        return Show(plan, shops, publishers, faults, ledger).play(), faults.failed
 
 
 def ignore_interruptions() -> None:
@@ -115,15 +138,16 @@ def new_shop(run: Run, servers: Servers, premises: Premises, publisher: Publishe
             "lease": LEASE,
             "max_crashes": None,
         },
+        "engine": premises.database.engine_options,
         "celery": celery_settings(premises.broker, url=premises.broker.url),
     }
     workers = [Worker(run, premises.name, number, settings, folder / "workers") for number in range(WORKERS)]
     return Shop(premises, workers, publisher.ask_again)
 
 
-def new_publisher(premises: Premises, *, seed: int, seconds: float, rate: float) -> Publisher:
+def new_publisher(premises: Premises, plan: Plan) -> Publisher:
     settings = celery_settings(premises.broker, url=premises.broker.direct_url)
-    return Publisher(premises.name, settings, seed=seed, seconds=seconds, rate=rate)
+    return Publisher(premises.name, settings, seed=plan.seed, seconds=plan.seconds, rate=plan.rate, tasks=plan.tasks)
 
 
 class Show:
@@ -131,14 +155,13 @@ class Show:
 
     def __init__(
         self,
-        seed: int,
-        seconds: float,
+        plan: Plan,
         shops: Sequence[Shop],
         publishers: Sequence[Publisher],
         faults: Faults,
         ledger: Ledger,
     ) -> None:
-        self._seed, self._seconds = seed, seconds
+        self._plan = plan
         self._shops, self._publishers, self._faults, self._ledger = shops, publishers, faults, ledger
         self._began = time.time()
         self._next_line = 0.0
@@ -157,9 +180,9 @@ class Show:
         return self._history(ended, left)
 
     def _strike(self) -> None:
-        deadline = self._began + self._seconds
+        deadline = self._began + self._plan.seconds
         at = self._began + SECONDS_OF_CALM
-        for fault in planned(self._seed):
+        for fault in planned(self._plan.seed, self._plan.kinds):
             at += fault.after
             while (now := time.time()) < min(at, deadline):
                 self._say_how_it_goes()
@@ -199,14 +222,14 @@ class Show:
     def _history(self, ended: float, left: dict[str, int]) -> History:
         published = tuple(sorted((row for one in self._publishers for row in one.published), key=lambda row: row.at))
         return History(
-            seed=self._seed,
-            seconds=self._seconds,
+            seed=self._plan.seed,
+            seconds=self._plan.seconds,
             began=self._began,
             ended=ended,
             lease=LEASE,
             published=published,
             started=self._ledger.rows(Started),
-            effects=self._ledger.rows(Effect),
+            effects=(*self._ledger.rows(Effect), *(row for shop in self._shops for row in sold_by(shop.premises))),
             answered=self._ledger.rows(Answered),
             faults=tuple(sorted(self._faults.told, key=lambda fault: fault.at)),
             kept=tuple(kept for shop in self._shops for kept in kept_by(shop.premises, published)),
@@ -233,6 +256,11 @@ def prepare_records(all_premises: Sequence[Premises]) -> None:
     for premises in all_premises:
         with direct(premises) as idem:
             idem.prepare()
+        sales.prepare(premises.database.direct_url)
+
+
+def sold_by(premises: Premises) -> Iterator[Effect]:
+    return sales.sold(premises.database.direct_url, premises.name)
 
 
 def kept_by(premises: Premises, published: Sequence[Published]) -> Iterator[Kept]:

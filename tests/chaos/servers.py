@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pymysql
 from redis.exceptions import RedisError
@@ -156,12 +156,14 @@ class Database:
     proxy: Proxy
     url: str
     direct_url: str
+    engine_options: dict[str, Any]
+    """For the engine of the shop's own sessions."""
 
 
 def new_postgres(run: Run, proxies: Proxies) -> Database:
     server = PostgresServer(run).start()
     proxy = proxies.to(server.port)
-    return Database(server, proxy, server.url.replace(f":{server.port}/", f":{proxy.port}/"), server.url)
+    return Database(server, proxy, server.url.replace(f":{server.port}/", f":{proxy.port}/"), server.url, {})
 
 
 def new_mariadb(run: Run, proxies: Proxies) -> Database:
@@ -171,7 +173,9 @@ def new_mariadb(run: Run, proxies: Proxies) -> Database:
         connection.cursor().execute("CREATE DATABASE shop CHARACTER SET utf8mb4")
     proxy = proxies.to(server.port)
     url = "mysql+pymysql://root@127.0.0.1:{}/shop?charset=utf8mb4"
-    return Database(server, proxy, url.format(proxy.port), url.format(server.port))
+    # MariaDB's default, REPEATABLE READ, would refuse the finish of a handler whose claim was renewed meanwhile.
+    options = {"isolation_level": "READ COMMITTED"}
+    return Database(server, proxy, url.format(proxy.port), url.format(server.port), options)
 
 
 @dataclass

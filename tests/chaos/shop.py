@@ -16,12 +16,15 @@ from typing import Any
 
 from celery import Celery, current_task
 from kombu.transport import TRANSPORT_ALIASES
+from sqlalchemy import create_engine, insert
+from sqlalchemy.orm import Session, sessionmaker
 
 from idem_tasks import configure, current_claim, idempotent_task, log_event
 from tests.chaos.history import Answered, Effect, Started
 from tests.chaos.ledger import Ledger
+from tests.chaos.sales import SALES, sale
 
-Handler = Callable[[str, float, float], str]
+Handler = Callable[..., str]
 
 SETTINGS = json.loads(os.environ["CHAOS_SHOP"])
 SHOP: str = SETTINGS["name"]
@@ -30,6 +33,7 @@ LATE: Any = {"acks_late": True, "reject_on_worker_lost": True}
 TRANSPORT_ALIASES["redis"] = "tests.chaos.careful_redis:Transport"
 ledger = Ledger(SETTINGS["ledger"])
 configure(**SETTINGS["store"], observers=[log_event])
+Sales = sessionmaker(create_engine(SETTINGS["store"]["database_url"], **SETTINGS["engine"]))
 app = Celery("shop")
 app.conf.update(SETTINGS["celery"])
 
@@ -67,6 +71,18 @@ def charge(order: str, before: float, after: float) -> str:
 @idempotent_task(key="{order}", on_crash="hold")
 def pay(order: str, before: float, after: float) -> str:
     return work("pay", order, before, after)
+
+
+@app.task(name="post", **LATE)
+@telling
+@idempotent_task(key="{order}", on_crash="rerun", session=Sales)
+def post(order: str, before: float, after: float, session: Session) -> str:
+    claim, pid = current_claim(), os.getpid()
+    ledger.note(Started(time.time(), SHOP, order, "post", pid, claim.attempt, claim.fencing_token, claim.taken_over))
+    time.sleep(before)
+    session.execute(insert(SALES).values(sale(order, pid, claim.attempt, claim.fencing_token)))
+    time.sleep(after)
+    return f"post {order} under {claim.fencing_token}, {secrets.token_hex(4)}"
 
 
 def work(task: str, order: str, before: float, after: float) -> str:

@@ -2,6 +2,8 @@
 
 from itertools import islice
 
+import pytest
+
 from tests.chaos.history import FAULT_KINDS
 from tests.chaos.plan import DECK, planned
 
@@ -15,3 +17,10 @@ def test_a_seed_gives_the_same_faults() -> None:
 def test_every_kind_comes_before_any_place_is_struck_twice() -> None:
     """A run of one deck has met every kind of fault."""
     assert {fault.kind for fault in islice(planned(7), len(DECK))} == set(FAULT_KINDS)
+
+
+def test_only_the_kinds_that_are_asked_for() -> None:
+    """A run can be of kills alone; a kind that does not exist is an error."""
+    assert {fault.kind for fault in islice(planned(7, ["child_killed"]), 50)} == {"child_killed"}
+    with pytest.raises(ValueError, match="no fault is of these kinds: nothing"):
+        next(planned(7, ["nothing"]))

@@ -95,7 +95,56 @@ def test_in_doubt() -> None:
     verdict = verdict_of(order)
     assert verdict.good, verdict.problems
     assert only(verdict).classes == ("in doubt",)
-    assert verdict.totals()["in doubt"] == 1
+    assert (verdict.totals()["in doubt"], verdict.totals()["killed in mid-run"]) == (1, 1)
+
+
+def posted(*, taken_over: bool) -> Order:
+    """A sale whose first process was killed before its commit, or not: only the last one's row is there."""
+    order = order_of("post")
+    if taken_over:
+        run = order.start(1.0)
+        order.made.fault("child_killed", 1.3, part="worker 0", pids=(run.pid,))
+    order.complete(1.3 + LEASE, taken_over=taken_over)
+    return order
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_row_for_each_sale(taken_over: bool) -> None:
+    """A sale has one row whatever happened to those who tried; a second row is duplicated whatever explains it."""
+    order = posted(taken_over=taken_over)
+    assert verdict_of(order).good, verdict_of(order).problems
+    order.effect(order.made.started[0], 1.1)
+    if not taken_over:
+        assert "again" in verdict_of(order).problems[0]
+        return
+    assert only(verdict_of(order)).worst == "duplicated"
+    assert "in one transaction with its record" in verdict_of(order).problems[0]
+
+
+def test_a_row_without_a_record() -> None:
+    """A row of a sale that is not recorded as completed is found: one was committed without the other."""
+    order = order_of("post")
+    run = order.start(1.0)
+    order.effect(run, 1.1)
+    order.keep("running")
+    assert any("has a row" in problem for problem in verdict_of(order).problems)
+
+
+def test_a_record_without_a_row() -> None:
+    """A sale that is recorded, and whose row is not there, is found."""
+    order = posted(taken_over=False)
+    order.made.effects.clear()
+    assert any("never had an effect" in problem for problem in verdict_of(order).problems)
+
+
+def test_a_sale_that_a_deadlock_rolled_back() -> None:
+    """It runs again in the same process and under the same token: nothing of the first run is left."""
+    order = posted(taken_over=False)
+    first = order.made.started[0]
+    order.made.started.insert(0, replace(first, at=first.at - 0.1))
+    assert verdict_of(order).good, verdict_of(order).problems
+    order.made.started[0] = replace(first, at=first.at - 0.1, pid=first.pid + 1)
+    assert "its fencing tokens do not rise" in verdict_of(order).problems[0]
 
 
 def test_parked() -> None:

@@ -4,7 +4,8 @@ An order is one key: a shop, a task and the order's number. For each order there
 
 lost        it was published, and at the end it is neither completed nor failed, in doubt or parked; or one of its
             messages never got an answer that ends it (an outcome, `InDoubtError`, `ParkedError`)
-duplicated  a second effect under `pay`; under `charge` one that no fault explains (`explained.py`)
+duplicated  a second effect under `pay`, a second row of a `post`; under `charge` one that no fault explains
+            (`explained.py`)
 unexpected  something that no promise allows, such as an outcome that differs from another one: see `Rules`
 in doubt    as the record says at the end
 parked      as the record says at the end
@@ -24,7 +25,7 @@ from itertools import pairwise
 from typing import Any
 
 from idem_tasks import errors
-from tests.chaos.explained import Explained, Run, explain, may_be_in_doubt, strikes_claims, was_held_up
+from tests.chaos.explained import KILLS, Explained, Run, explain, may_be_in_doubt, strikes_claims, was_held_up
 from tests.chaos.history import Answered, Effect, Fault, History, Kept, Published, Started
 
 BROKEN = ("lost", "duplicated", "unexpected")
@@ -56,6 +57,8 @@ class Judged:
     put_back: int
     effects: int
     takeovers: int
+    killed: int
+    """Runs whose process was killed before they answered, and whose outcome is not the recorded one."""
     state: str | None
     outcome: str | None
     explained: tuple[Explained, ...]
@@ -111,6 +114,7 @@ class Verdict:
             "effects": sum(judged.effects for judged in orders),
             "outcomes": sum(judged.outcome is not None for judged in orders),
             "takeovers": sum(judged.takeovers for judged in orders),
+            "killed in mid-run": sum(judged.killed for judged in orders),
             "lost": kinds["lost"],
             "left in queues": sum(count for name, count in self.left_in_queues.items() if shop in (None, name)),
             "duplicated": kinds["duplicated"],
@@ -208,6 +212,7 @@ class Rules:
             put_back=sum(row.error in PUT_BACK_ERRORS for row in self._rows.answered),
             effects=len(self._rows.effects),
             takeovers=sum(row.taken_over for row in self._rows.started),
+            killed=sum(self._was_killed(row) for row in self._rows.started),
             state=self._state,
             outcome=self._outcome,
             explained=tuple(self._explained),
@@ -236,11 +241,13 @@ class Rules:
         by_token = sorted(self._rows.effects, key=lambda row: (row.fencing_token, row.at))
         for first, second in pairwise(by_token):
             faults = self._why_repeated(first) if first.fencing_token < second.fencing_token else ()
-            if faults and first.task != "pay":
+            if faults and first.task == "charge":
                 self._explained.append(Explained(first, faults, second))
                 continue
-            but = ", though it is held after a crash" if first.task == "pay" else ", and no fault explains it"
-            yield "duplicated", f"had its effect {self._of(first)} and again {self._of(second)}{but}"
+            yield (
+                "duplicated",
+                f"had its effect {self._of(first)} and again {self._of(second)}, {_NOT_TWICE[first.task]}",
+            )
 
     def _why_repeated(self, effect: Effect) -> tuple[Fault, ...]:
         started = next((row for row in self._rows.started if _is_of(effect, row)), None)
@@ -255,6 +262,14 @@ class Rules:
             was_put_back=answer is not None and answer.error in PUT_BACK_ERRORS,
         )
         return explain(run, min(later, key=lambda row: row.fencing_token), self._faults, self._lease)
+
+    def _was_killed(self, run: Started) -> bool:
+        token = TOKEN.search(self._outcome or "")
+        if token is not None and int(token[1]) == run.fencing_token:
+            return False
+        if any(row.pid == run.pid and row.at >= run.at for row in self._rows.answered):
+            return False
+        return any(fault.kind in KILLS and run.pid in fault.pids and fault.until >= run.at for fault in self._faults)
 
     def _was_published(self) -> Iterator[tuple[str, str]]:
         if not self._rows.published:
@@ -290,6 +305,8 @@ class Rules:
 
     def _outcome_has_an_effect(self) -> Iterator[tuple[str, str]]:
         if self._state != "completed":
+            for row in self._rows.effects if self._rows.key[2] == "post" else ():
+                yield "unexpected", f"has a row {self._of(row)}, and its record is {self._state!r}"
             return
         token = TOKEN.search(self._outcome or "")
         if not self._rows.effects:
@@ -328,6 +345,8 @@ class Rules:
         for row in self._rows.started:
             if latest is None or row.fencing_token > latest.fencing_token:
                 latest = row
+            elif row.task == "post" and (row.pid, row.fencing_token) == (latest.pid, latest.fencing_token):
+                pass  # a deadlock rolled all of it back, and it runs again under its claim
             elif row.fencing_token in tokens or not was_held_up(row, self._faults, self._lease):
                 yield "unexpected", f"began {self._of(latest)} and then {self._of(row)}: its fencing tokens do not rise"
             tokens.add(row.fencing_token)
@@ -399,6 +418,13 @@ class Rules:
 
     def _of(self, row: Started | Effect) -> str:
         return f"at {self._at(row.at)} (process {row.pid}, fencing token {row.fencing_token})"
+
+
+_NOT_TWICE = {
+    "charge": "and no fault explains it",
+    "pay": "though it is held after a crash",
+    "post": "though its row is in one transaction with its record",
+}
 
 
 def _is_of(effect: Effect, started: Started) -> bool:

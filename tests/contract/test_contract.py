@@ -90,6 +90,7 @@ class TestRedis(StoreContract):
 
     keeps_ended = False
     keeps_generations = False
+    keeps_audit = False
 
     @pytest.fixture
     def store(self, redis_url: str) -> Store:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from idem_tasks import Claim, Idempotency, Policy, idempotent_task
+from idem_tasks import Idempotency
 from idem_tasks.cli.application import application
-from idem_tasks.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -20,23 +18,6 @@ class Feature:
     is_built: Callable[[], bool]
 
 
-def _takes_functions_on_crash() -> bool:
-    try:
-        Policy(on_crash=lambda _claim: None)  # type: ignore[arg-type]
-    except ConfigurationError:
-        return False
-    return True
-
-
-SESSION = Feature(
-    "`session=`, which commits the handler's rows and the outcome in one transaction",
-    lambda: "session" in inspect.signature(idempotent_task).parameters,
-)
-PROVIDER_KEYS = Feature(
-    "`current_claim().provider_key()`, the same at every attempt", lambda: hasattr(Claim, "provider_key")
-)
-STEPS = Feature("`current_claim().step()`, outcomes of a handler's parts", lambda: hasattr(Claim, "step"))
-ASKING = Feature('functions as `on_crash`, which ask "did it happen?"', _takes_functions_on_crash)
 BATCHES = Feature("batches: many messages in one call", lambda: hasattr(Idempotency, "run_batch"))
 DOCTOR = Feature(
     "a `doctor` command, which compares these settings with the servers' own",
@@ -46,7 +27,7 @@ CONSUMERS = Feature(
     "integrations of other consumers than Celery's",
     lambda: any(find_spec(f"idem_tasks.integrations.{name}") for name in ("rabbitmq", "kafka", "sqs", "pika")),
 )
-FEATURES = (SESSION, PROVIDER_KEYS, STEPS, ASKING, BATCHES, DOCTOR, CONSUMERS)
+FEATURES = (BATCHES, DOCTOR, CONSUMERS)
 
 
 @dataclass(frozen=True)
@@ -153,17 +134,21 @@ GROUPS: dict[str, list[Mode]] = {
         (
             14,
             "The handler's rows and its outcome are in two transactions, and the process dies between them",
-            "As any other outside effect today: `on_crash` decides.",
-            (SESSION,),
+            (
+                "With `session=` they are one transaction of the handler's session, whose last statement is the fenced "
+                "finish. A commit whose reply was lost is looked for, and never sent again."
+            ),
         ),
         (
             15,
             "The process dies after an outside effect and before its record",
             (
-                "`on_crash` says what the next delivery does: `rerun` runs the handler again and says so in "
-                "`taken_over`, `hold` leaves the record in doubt for a person."
+                "`current_claim().provider_key()` is the same at every attempt, so that a provider that takes such "
+                "keys does it once, and `current_claim().step()` keeps the outcome of each part of a handler, so that "
+                "only the one under way is repeated. For all else `on_crash` says what the next delivery does: `rerun` "
+                "runs the handler again and says so in `taken_over`, `hold` leaves the record in doubt for a person, a "
+                "function asks the outside world."
             ),
-            (PROVIDER_KEYS, STEPS),
         ),
         (
             16,
@@ -404,8 +389,10 @@ GROUPS: dict[str, list[Mode]] = {
         (
             56,
             "A function hears that the effect has not happened, and the paused holder wakes up and does it",
-            "`hold` runs nothing again before a person says so.",
-            (ASKING,),
+            (
+                "`RERUN` promises no more than `rerun`: the fence lets one outcome be recorded, and the other holder is"
+                " announced. `HOLD` runs nothing again before a person says so."
+            ),
         ),
         (
             57,
@@ -442,8 +429,7 @@ GROUPS: dict[str, list[Mode]] = {
         (
             63,
             "The handler commits its session by itself, before the outcome",
-            "There is no such session yet: what a handler commits is an outside effect.",
-            (SESSION,),
+            "Its commit raises, and a handler that swallows that is not recorded, and rolled back, all the same.",
         ),
         (
             64,

@@ -13,9 +13,10 @@ import pytest
 
 import idem_tasks
 from idem_tasks import EventName, IdemTasksError, Policy, Record, State
+from idem_tasks.claims import STEP_NAME_BYTES
 from idem_tasks.events import Event, log_event
 from idem_tasks.policy import PolicyFields
-from idem_tasks.stores.schema import ERROR_MESSAGE_CHARACTERS, KEY_BYTES, SCOPE_BYTES, records_table
+from idem_tasks.stores.schema import ERROR_MESSAGE_CHARACTERS, KEY_BYTES, SCOPE_BYTES, records_table, steps_table
 from tests.documents.reading import REPOSITORY, blocks, table
 from tests.services.redis_server import RedisServer
 
@@ -93,6 +94,14 @@ def test_record() -> None:
     assert indexed == {name for name, (_, meaning) in documented.items() if "indexed" in meaning}
 
 
+def test_steps() -> None:
+    """Every column of a step, and whether it may be empty."""
+    rows = reference("record.md", "## Steps")
+    columns = steps_table().columns
+    assert {code(name)[0]: empty == "yes" for name, empty, _ in rows} == {c.name: c.nullable for c in columns}
+    assert f"{STEP_NAME_BYTES} bytes" in {code(name)[0]: meaning for name, _, meaning in rows}["name"]
+
+
 def test_rights_in_redis(private_redis: Callable[..., RedisServer]) -> None:
     """A user with the rights that are documented can do what markers, and with more rights records, need."""
     page = (DOCS / "how-to/deploying.md").read_text()
@@ -117,4 +126,4 @@ def test_rights_in_redis(private_redis: Callable[..., RedisServer]) -> None:
             idem.resolve("rights", "2", rerun=True)
             assert len(list(idem.records())) == 2
             assert idem.forget("rights", "1")
-        assert heard == ["granted", "completed", "replayed", "granted", "in_doubt"]
+        assert heard == ["granted", "completed", "replayed", "granted", "in_doubt", "resolved", "forgotten"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from idem_tasks.testing.explorer.scenario import Scenario, policy
+from idem_tasks.testing.explorer.scenario import LEASE, Scenario, policy
 
 _ALL = (
     Scenario(name="nothing goes wrong", policy=policy()),
@@ -43,6 +43,20 @@ _ALL = (
         most_faults=2,
     ),
     Scenario(name="the handler raises", policy=policy(), behaviours=("raise",)),
+    Scenario(
+        name="the handler fails every time",
+        policy=policy(max_attempts=2),
+        copies=1,
+        deliveries=3,
+        behaviours=("raise", "raise", "raise"),
+    ),
+    Scenario(name="the record is lost", policy=policy(), copies=1, faults={"record lost": 1}),
+    Scenario(
+        name="little retention is left",
+        policy=policy(max_hold=LEASE, retention=0.5, cache_ttl=0.4),
+        faults={"markers lost": 1, "lease over": 2},
+        most_faults=3,
+    ),
     Scenario(
         name="the handler raises, and a command is lost",
         policy=policy(),
@@ -95,6 +109,13 @@ _ALL = (
         deliveries=2,
         faults={"SQL down": 1, "lease over": 4, "forget": 1},
         most_faults=6,
+    ),
+    Scenario(
+        name="forgotten while a command is late",
+        policy=policy(),
+        copies=1,
+        faults={"command late": 1, "forget": 1},
+        most_faults=2,
     ),
     Scenario(name="struck", policy=policy(), copies=1, faults={"soft limit": 1, "shutdown": 1}),
     Scenario(

@@ -39,6 +39,7 @@ _MEMORY = "idem_tasks.stores.memory"
 _MARKER = "idem_tasks.stores.memory_marker"
 _TIERED = "idem_tasks.stores.tiered"
 _TASK = "idem_tasks.task"
+_RUNTIME = "idem_tasks.runtime"
 _HEARTBEAT = "idem_tasks.heartbeat"
 _ERRORS = "idem_tasks.errors"
 
@@ -105,12 +106,12 @@ MUTANTS = (
         name="a marker is renewed by anybody",
         module=_MARKER,
         before="""\
-                    case _Running(owner, _, put_back) if owner == lease.owner:
+                    case _Running(owner, _, take) if owner == lease.owner:
                         pass
                     case _:
                         continue""",
         after="""\
-                    case _Running(owner, _, put_back):
+                    case _Running(owner, _, take):
                         pass
                     case _:
                         continue""",
@@ -259,15 +260,13 @@ MUTANTS = (
         name="published over nothing",
         module=_MARKER,
         before="""\
-                case _Running(holder) if holder == owner:
-                    pass
-                case _Pending""",
+            match self._standing(place, now):
+                case _Running(owner, _, take) if""",
         after="""\
+            match self._standing(place, now):
                 case None:
-                    pass
-                case _Running(holder) if holder == owner:
-                    pass
-                case _Pending""",
+                    self._markers[place] = _Finished(finished, now, now + ttl)
+                case _Running(owner, _, take) if""",
         laws=("RECORDED_BEFORE_ANSWER",),
         scenario="forgotten",
     ),
@@ -282,7 +281,7 @@ MUTANTS = (
         after="""\
         written = True
 """,
-        laws=("RECORDED_BEFORE_ANSWER",),
+        laws=("PENDING_FIRST", "RECORDED_BEFORE_ANSWER"),
         scenario="SQL goes away",
         seed=1,
     ),
@@ -304,7 +303,7 @@ MUTANTS = (
     Mutant(
         name="under hold an exception releases",
         module=_TASK,
-        before="""in_doubt=call.policy.on_crash == "hold" and not proves_no_effect(call, error),""",
+        before="""in_doubt=call.policy.doubts and not proves_no_effect(call, error),""",
         after="in_doubt=False,",
         laws=("EFFECT_ONCE",),
         scenario="hold, and the handler raises",
@@ -312,16 +311,16 @@ MUTANTS = (
     Mutant(
         name="hold runs again after a crash",
         module=_MEMORY,
-        before="""if request.policy.on_crash == "hold":""",
-        after="""if request.policy.on_crash == "hold" and row.crashes > 1:""",
+        before="""if request.policy.doubts:""",
+        after="""if request.policy.doubts and row.crashes > 1:""",
         laws=("EFFECT_ONCE",),
         scenario="hold and a crash",
     ),
     Mutant(
         name="who was superseded returns its own outcome",
         module=_TASK,
-        before="if isinstance(answer, Recorded) or call.policy.shadow:",
-        after="if isinstance(answer, Recorded | Finished) or call.policy.shadow:",
+        before="if isinstance(answer, Recorded) or answer is None or call.policy.shadow:",
+        after="if isinstance(answer, Recorded | Finished) or answer is None or call.policy.shadow:",
         laws=("RECORDED_BEFORE_ANSWER",),
         scenario="a pause",
     ),
@@ -343,10 +342,10 @@ MUTANTS = (
         name="what was returned can still be released",
         module=_TASK,
         before="""\
-            value = await call.services.runtime.invoke(handler, args, kwargs)
+            value = await run(call, claim, handler, args, kwargs)
         except BaseException as raised:""",
         after="""\
-            value = await call.services.runtime.invoke(handler, args, kwargs)
+            value = await run(call, claim, handler, args, kwargs)
             return await record(call, claim, value)
         except BaseException as raised:""",
         laws=("NO_RELEASE_AFTER_RETURN",),
@@ -357,12 +356,12 @@ MUTANTS = (
         name="forget deletes the marker first",
         module=_TIERED,
         before="""\
-        existed = await self._record.forget(scope, key)
+        done = await self._record.forget(scope, key, expect_token=expect_token, actor=actor, reason=reason)
         await self._drop([(scope, key)])
 """,
         after="""\
         await self._drop([(scope, key)])
-        existed = await self._record.forget(scope, key)
+        done = await self._record.forget(scope, key, expect_token=expect_token, actor=actor, reason=reason)
 """,
         laws=("RECORDED_BEFORE_ANSWER",),
         scenario="forgotten",
@@ -371,14 +370,29 @@ MUTANTS = (
         name="forget leaves the marker",
         module=_TIERED,
         before="""\
-        existed = await self._record.forget(scope, key)
+        done = await self._record.forget(scope, key, expect_token=expect_token, actor=actor, reason=reason)
         await self._drop([(scope, key)])
 """,
         after="""\
-        existed = await self._record.forget(scope, key)
+        done = await self._record.forget(scope, key, expect_token=expect_token, actor=actor, reason=reason)
 """,
         laws=("RECORDED_BEFORE_ANSWER",),
         scenario="forgotten",
+    ),
+    Mutant(
+        name="forget leaves the marker of a record that is gone",
+        module=_TIERED,
+        before="""\
+        done = await self._record.forget(scope, key, expect_token=expect_token, actor=actor, reason=reason)
+        await self._drop([(scope, key)])
+""",
+        after="""\
+        done = await self._record.forget(scope, key, expect_token=expect_token, actor=actor, reason=reason)
+        if done:
+            await self._drop([(scope, key)])
+""",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="forgotten while a command is late",
     ),
     Mutant(
         name="what has ended is claimed again",
@@ -424,7 +438,7 @@ MUTANTS = (
         before="""\
             row.state = State.IN_DOUBT
             row.attention = "in_doubt"
-            return InDoubt(new=True)""",
+            return InDoubt(new=True, dead=row.lease_to(replace(request, owner=row.owner)))""",
         after="""\
             return InDoubt(new=True)""",
         laws=("ACKNOWLEDGED_IS_RECORDED",),
@@ -549,16 +563,24 @@ MUTANTS = (
     Mutant(
         name="a person forgets what runs",
         module=_MEMORY,
-        before="            self._refuse_if_held(row, self._clock())\n",
-        after="",
+        before="""\
+            self._refuse_if_held(row, now)
+            refuse_if_moved(scope, key, row.state, row.fencing_token, expect_token)
+            del self""",
+        after="""\
+            del self""",
         laws=("LEASE_RESPECTED",),
         scenario="forgotten",
     ),
     Mutant(
         name="a person resolves what runs",
         module=_MEMORY,
-        before="            self._refuse_if_held(row, now)\n",
-        after="",
+        before="""\
+            self._refuse_if_held(row, now)
+            refuse_if_moved(scope, key, row.state, row.fencing_token, expect_token)
+            if row.state""",
+        after="""\
+            if row.state""",
         laws=("LEASE_RESPECTED",),
         scenario="hold, and a person lets it run again",
     ),
@@ -568,11 +590,11 @@ MUTANTS = (
         before="""\
     asked_at = deadline_clock()
     try:
-        answer = await call.services.store.claim(call.request)
+        answer = await ask_store()
 """,
         after="""\
     try:
-        answer = await call.services.store.claim(call.request)
+        answer = await ask_store()
         asked_at = deadline_clock()
 """,
         laws=("FORGOTTEN",),
@@ -624,10 +646,147 @@ MUTANTS = (
         scenario="SQL goes away",
     ),
     Mutant(
+        name="a pending outcome is passed by",
+        module=_TIERED,
+        before="return await self._claim_behind_pending(request, seen)",
+        after="return await self._claim_record(request)",
+        laws=("PENDING_FIRST",),
+        scenario="SQL goes away",
+        seed=1,
+    ),
+    Mutant(
+        name="a pending outcome is dropped",
+        module=_TIERED,
+        before="return await self._claim_behind_pending(request, seen)",
+        after="""\
+await self._marker.drop_pending(request.scope, request.key, seen)
+                return await self._claim_record(request)""",
+        laws=("PENDING_FIRST", "OUTCOME_KEPT"),
+        scenario="SQL goes away",
+        seed=1,
+    ),
+    Mutant(
+        name="a pending outcome is dropped while SQL is away",
+        module=_TIERED,
+        before="""\
+        written = await self._record.write_through(
+            request.scope, request.key, pending, retention=request.policy.retention
+        )
+""",
+        after="""\
+        try:
+            written = await self._record.write_through(
+                request.scope, request.key, pending, retention=request.policy.retention
+            )
+        except StoreError:
+            await self._marker.drop_pending(request.scope, request.key, pending)
+            raise
+""",
+        laws=("OUTCOME_KEPT",),
+        scenario="SQL goes away",
+        seed=1,
+    ),
+    Mutant(
+        name="a process tries nothing again",
+        module=_HEARTBEAT,
+        before="self._pending[lease.owner] = _Pending(lease, outcome, now + lease.policy.retention, now + 1.0)",
+        after="pass",
+        laws=("OUTCOME_KEPT",),
+        scenario="SQL goes away",
+    ),
+    Mutant(
+        name="a process waits for ever with what it has to try again",
+        module=_HEARTBEAT,
+        before="self._pending[lease.owner] = _Pending(lease, outcome, now + lease.policy.retention, now + 1.0)",
+        after="self._pending[lease.owner] = _Pending(lease, outcome, now + lease.policy.retention, math.inf)",
+        laws=("OUTCOME_BROUGHT",),
+        scenario="SQL goes away, and leases end",
+        seed=1,
+    ),
+    Mutant(
+        name="a finish is tried once",
+        module=_TASK,
+        before="""\
+        if deadline_clock() + pause >= claim.deadline:
+            break""",
+        after="""\
+        break""",
+        laws=("FINISH_TRIED",),
+        scenario="SQL goes away",
+    ),
+    Mutant(
+        name="what strikes in the shield is swallowed",
+        module=_RUNTIME,
+        before="""\
+                if struck is not None:
+                    raise struck
+                return value""",
+        after="                return value",
+        laws=("INTERRUPTED",),
+        scenario="struck",
+    ),
+    Mutant(
+        name="a takeover is not told",
+        module=_MEMORY,
+        before="""\
+            return InDoubt(new=True, dead=row.lease_to(replace(request, owner=row.owner)))
+        return self._grant(row, request, now, taken_over=True)""",
+        after="""\
+            return InDoubt(new=True)
+        return self._grant(row, request, now)""",
+        laws=("TAKEOVER_TOLD",),
+        scenario="a crash",
+    ),
+    Mutant(
+        name="a failure too many is released",
+        module=_MEMORY,
+        before="return limit is not None and count >= limit",
+        after="return limit is not None and count > limit",
+        laws=("FAILURES_END",),
+        scenario="the handler fails every time",
+    ),
+    Mutant(
+        name="failures never park",
+        module=_MEMORY,
+        before="elif release.parked or (release.failed and _reached(lease.policy.max_attempts, row.failures)):",
+        after="elif release.parked:",
+        laws=("FAILURES_END",),
+        scenario="the handler fails every time",
+    ),
+    Mutant(
+        name="a lost record is not written again",
+        module=_TASK,
+        before="answer = await store.finish(claim.lease, outcome, may_insert=not claim.lost)",
+        after="answer = await store.finish(claim.lease, outcome, may_insert=False)",
+        laws=("LOST_IS_REWRITTEN",),
+        scenario="the record is lost",
+    ),
+    Mutant(
+        name="a marker outlives its record",
+        module=_TIERED,
+        before="ttl = min(request.policy.cache_ttl, finished.expires_in)",
+        after="ttl = request.policy.cache_ttl",
+        laws=("MARKER_RETAINED",),
+        scenario="little retention is left",
+    ),
+    Mutant(
+        name="what was given back runs all the same",
+        module=_TASK,
+        before="""\
+        raise StoreUnavailableError(
+            f"the store took longer than the lease""",
+        after="""\
+        return take_up(call, answer.lease, asked_at)
+        raise StoreUnavailableError(
+            f"the store took longer than the lease""",
+        laws=("EFFECT_EXPLAINED",),
+        scenario="a pause",
+    ),
+    Mutant(
         name="the finish is not shielded",
         module=_TASK,
-        before="answer = await call.services.runtime.shield(lambda: finish(call, claim, keep(call, value)))",
-        after="answer = await finish(call, claim, keep(call, value))",
+        before="answer = await call.services.runtime.shield(lambda: finish(call, claim, keep_all(call, claim, value)))",
+        after="answer = await finish(call, claim, keep_all(call, claim, value))",
         laws=("NOTHING_LEFT",),
         scenario="struck",
     ),
@@ -642,7 +801,7 @@ MUTANTS = (
     Mutant(
         name="a shutdown does not release",
         module=_TASK,
-        before="if not claim.protected or not runtime.can_wait(after=raised):",
+        before="if not claim.protected or claim.ending is not None or not runtime.can_wait(after=raised):",
         after="if not claim.protected or not isinstance(raised, Exception):",
         laws=("NOTHING_LEFT",),
         scenario="struck",
@@ -685,10 +844,26 @@ if owner in self._held and deadline_clock() > self._held[owner].deadline:
     Mutant(
         name="a marker that a renewal put back becomes an outcome",
         module=_MARKER,
-        before="put_back = True",
-        after="put_back = False",
+        before="take = None",
+        after="take = lease.request.take",
         laws=("RECORDED_BEFORE_ANSWER",),
         scenario="forgotten while a renewal is late",
+    ),
+    Mutant(
+        name="any running marker of this owner becomes an outcome",
+        module=_MARKER,
+        before="if owner == request.owner and take is not None and take == request.take:",
+        after="if owner == request.owner:",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="forgotten while a command is late",
+    ),
+    Mutant(
+        name="a take that nobody heard of becomes an outcome",
+        module=_TIERED,
+        before="return await self._claim_record(replace(request, take=None))",
+        after="return await self._claim_record(request)",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="forgotten while a command is late",
     ),
 )
 

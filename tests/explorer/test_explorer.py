@@ -22,6 +22,7 @@ from idem_tasks.testing.explorer import AT_RANDOM, EXHAUSTIVE, Scenario, explore
 from idem_tasks.testing.explorer.laws import Law
 from idem_tasks.testing.explorer.search import replay as go_again
 from idem_tasks.testing.explorer.world import Action, World
+from tests.explorer.finds import assert_no_find
 from tests.explorer.unchanged import PROTOCOL, codes_in, functions_of
 
 SEED = int(os.environ.get("EXPLORER_SEED") or secrets.randbits(32))
@@ -36,7 +37,7 @@ def test_no_law_is_broken(scenario: Scenario, record_property: Callable[[str, ob
     """Every interleaving and every placing of the faults was gone through, and no law was broken."""
     explored = explore(scenario, seconds=800)
     record_property("explored_states", explored.states)
-    assert explored.find is None, str(explored.find)
+    assert_no_find(explored)
     assert explored.complete
 
 
@@ -46,7 +47,7 @@ def test_no_law_is_broken_by_many_faults(scenario: Scenario, record_property: Ca
     """Beyond the bound, executions with up to six faults are drawn at random, and no law is broken."""
     explored = explore_at_random(scenario, SEED, executions=600, seconds=8)
     record_property("explored_states", explored.states)
-    assert explored.find is None, f"EXPLORER_SEED={SEED}\n{explored.find}"
+    assert_no_find(explored, f"EXPLORER_SEED={SEED}\n")
 
 
 # It explores what is shipped.
@@ -98,6 +99,29 @@ def test_every_step_of_the_story_is_gone_through() -> None:
     }  # fmt: skip
 
 
+def test_a_late_command_takes_effect_when_its_sender_is_gone() -> None:
+    """It is on its way until then, which makes another state; and nobody hears its answer."""
+    scenario = Scenario(name="look", policy=policy(), copies=1, faults={"command late": 1})
+    clock, arrival = ManualClock(), Action("arrives", "delivery 1's take")
+    with deadline_clock_from(clock):
+        world = World(scenario, clock)
+        world.act(Action("deliver"))
+        world.act(Action("command late", "delivery 1"))
+        assert world.log[-1] == "delivery 1: asks the marker: take - the command is LATE"
+        while world.actors:
+            world.act(Action("go", "delivery 1"))
+        assert arrival in world.actions()
+        key, late = world.key(), dict(world._on_their_way)
+        world._on_their_way.clear()
+        assert world.key() != key
+        world._on_their_way.update(late)
+        world.act(arrival)
+        assert world.log[-1] == "delivery 1's take ARRIVES late -> MarkerTaken"
+        assert arrival not in world.actions()
+        world.settle()
+        world.close()
+
+
 # It misses nothing by what it leaves out, and finds the same again.
 
 
@@ -105,7 +129,13 @@ def test_every_step_of_the_story_is_gone_through() -> None:
 @pytest.mark.parametrize("on_crash", ["rerun", "hold"])
 @pytest.mark.parametrize(
     "faults",
-    [("killed", "lease over"), ("reply lost", "markers lost"), ("forget", "lease over"), ("soft limit", "SQL down")],
+    [
+        ("killed", "lease over"),
+        ("reply lost", "markers lost"),
+        ("forget", "lease over"),
+        ("soft limit", "SQL down"),
+        ("command late", "Redis down"),
+    ],
     ids=" and ".join,
 )
 def test_what_is_left_out_makes_no_difference(on_crash: str, faults: tuple[str, ...]) -> None:
@@ -116,7 +146,7 @@ def test_what_is_left_out_makes_no_difference(on_crash: str, faults: tuple[str, 
         scenario = Scenario(name="reduced", policy=policy(on_crash), **made)  # type: ignore[arg-type]
         explored = explore(scenario, seconds=240)
         assert explored.complete
-        assert explored.find is None, str(explored.find)
+        assert_no_find(explored)
         ends.append(explored.endings_seen)
     assert ends[0] == ends[1]
 

@@ -7,6 +7,7 @@ import pytest
 from idem_tasks.policy import OnCrash
 from idem_tasks.testing.explorer.scenario import Scenario, policy
 from idem_tasks.testing.explorer.search import explore
+from tests.explorer.finds import assert_no_find
 
 
 @pytest.mark.parametrize("on_crash", ["rerun", "hold"])
@@ -14,5 +15,5 @@ def test_a_grant_that_came_late_is_not_left_behind_another_marker(on_crash: OnCr
     """Whoever asks again after a late grant, and meets another's marker, gives back what it was granted (F33)."""
     scenario = Scenario(name="a late grant", policy=policy(on_crash), faults={"lease over": 1})
     explored = explore(scenario, seconds=20)
-    assert explored.find is None, str(explored.find)
+    assert_no_find(explored)
     assert explored.complete

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from idem_tasks.testing.explorer.search import explore, explore_at_random
+from tests.explorer.finds import assert_no_find
 from tests.explorer.mutant_run import run
 from tests.explorer.mutant_scenarios import SCENARIOS
 from tests.explorer.mutants import MUTANTS, Mutant
@@ -36,7 +37,7 @@ def test_the_shipped_protocol_breaks_no_law_where_the_broken_ones_do(name: str, 
         explored = explore(SCENARIOS[name], seconds=4)
     else:
         explored = explore_at_random(SCENARIOS[name], seed, executions=1000, seconds=4)
-    assert explored.find is None, str(explored.find)
+    assert_no_find(explored)
 
 
 @pytest.mark.parametrize("text", ["stands nowhere in it", "return "])

@@ -102,14 +102,15 @@ def test_a_marker_verb_is_one_round_trip_and_leaves_a_time_to_live(costs: Costs)
     longer = Lease(ClaimRequest("scope", "key", None, first.owner, Policy(lease=90.0)), 7)
     costs(marker.renew_markers([longer]))
     assert costs.lifetime() == pytest.approx(90, abs=5)
+    costs(marker.publish(first, finished, 1800.0))
+    assert costs.lifetime() == pytest.approx(1800, abs=5)
+    assert isinstance(costs(marker.take(request())), MarkerFinished)
+    costs(marker.drop([("scope", "key")]))
     costs(marker.keep(lease, DONE))
     assert costs.lifetime() == pytest.approx(3600, abs=5)
     costs(marker.keep(lease, DONE))
     pending = costs(marker.take(request()))
     assert isinstance(pending, MarkerPending)
-    costs(marker.publish("scope", "key", first.owner, finished, 1800.0))
-    assert costs.lifetime() == pytest.approx(1800, abs=5)
-    assert isinstance(costs(marker.take(request())), MarkerFinished)
     costs(marker.drop_pending("scope", "key", pending))
     costs(marker.give_back("scope", "key", first.owner))
     costs(marker.drop([("scope", "key"), ("scope", "other")]))
@@ -132,7 +133,7 @@ def test_a_shorter_time_than_a_millisecond_is_one(costs: Costs) -> None:
     """Redis refuses a time to live of 0; nothing is ever rounded down to it."""
     owner = request()
     costs(costs.store.take(owner))
-    costs(costs.store.publish("scope", "key", owner.owner, Finished(DONE, None, 1.0), 0.0000001))
+    costs(costs.store.publish(owner, Finished(DONE, None, 1.0), 0.0000001))
     costs.driver.poll(
         lambda: costs.store.take(request()), lambda answer: not isinstance(answer, MarkerFinished), every=0.01
     )
@@ -191,7 +192,7 @@ def test_the_server_counts_the_same(redis_url: str, private_redis: Callable[...,
     with server.client() as client:
         client.config_resetstat()
         run_sync(store.take(owner))
-        run_sync(store.publish("scope", "key", owner.owner, Finished(DONE, None, 60.0), 60.0))
+        run_sync(store.publish(owner, Finished(DONE, None, 60.0), 60.0))
         for _ in range(10):
             run_sync(store.take(request()))
         calls = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in client.info("commandstats").items()}

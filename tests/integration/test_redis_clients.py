@@ -40,7 +40,7 @@ async def exercise(store: RedisStore) -> None:
         assert isinstance(await store.take(request(lease.key)), MarkerRunning)
     await store.renew_markers(leases)
     for lease in leases:
-        await store.publish("scope", lease.key, lease.owner, Finished(DONE, None, 60.0), 60.0)
+        await store.publish(lease.request, Finished(DONE, None, 60.0), 60.0)
         assert isinstance(await store.take(request(lease.key)), MarkerFinished)
     await store.drop([("scope", lease.key) for lease in leases])
     assert await store.take(request(leases[0].key)) == MarkerTaken()

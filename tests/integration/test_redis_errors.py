@@ -133,7 +133,7 @@ def test_out_of_memory(private_redis: Start, store: Make) -> None:
     for answer in (
         full.take(request()),
         full.claim(request()),
-        full.publish("scope", "held", held.owner, Finished(DONE, None, 60.0), 60.0),
+        full.publish(held, Finished(DONE, None, 60.0), 60.0),
         full.keep(Lease(held, 1), DONE),
         full.finish(granted.lease, DONE),
     ):
@@ -289,7 +289,7 @@ def test_the_rights_that_markers_need(private_redis: Start, store: Make) -> None
     run_sync(marker.keep(lease, DONE))
     pending = run_sync(marker.take(request()))
     assert isinstance(pending, MarkerPending)
-    run_sync(marker.publish("scope", "key", lease.owner, Finished(DONE, None, 60.0), 60.0))
+    run_sync(marker.publish(lease.request, Finished(DONE, None, 60.0), 60.0))
     run_sync(marker.drop_pending("scope", "key", pending))
     run_sync(marker.give_back("scope", "key", lease.owner))
     run_sync(marker.drop([("scope", "key")]))

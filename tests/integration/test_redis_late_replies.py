@@ -49,7 +49,7 @@ def answers_only_its_own(url: str, admin: Redis, runtime: RuntimeName) -> None:
         store: Any = RedisStore(url, socket_timeout=1.5).on(runtime, Announcer(()))
         first = request("first")
         assert await store.take(first) == MarkerTaken()
-        await store.publish("scope", "first", first.owner, DONE, 60.0)
+        await store.publish(first, DONE, 60.0)
         with admin:
             # Until after the breaker's second, when the next command is on its way.
             admin.client_pause(3250, all=True)

@@ -183,12 +183,12 @@ def test_a_holder_that_comes_late_touches_nobody_elses_marker(redis_url: str) ->
     late = Lease(request(), 1)
     run_sync(marker.take(late.request))
     run_sync(marker.drop([("scope", "key")]))
-    run_sync(marker.publish("scope", "key", late.owner, Finished(DONE, None, 60.0), 60.0))
+    run_sync(marker.publish(late.request, Finished(DONE, None, 60.0), 60.0))
     newer = request()
     assert run_sync(marker.take(newer)) == MarkerTaken()
     run_sync(marker.give_back("scope", "key", late.owner))
     run_sync(marker.renew_markers([late]))
-    run_sync(marker.publish("scope", "key", late.owner, Finished(DONE, None, 60.0), 60.0))
+    run_sync(marker.publish(late.request, Finished(DONE, None, 60.0), 60.0))
     assert run_sync(marker.keep(late, DONE)) is False
     assert run_sync(marker.take(newer)) == MarkerTaken()
     run_sync(marker.close())
@@ -317,7 +317,7 @@ def test_a_forked_child_has_connections_of_its_own(redis_url: str) -> None:
         for number in range(100):
             mine = request(f"{name} {number}")
             wrong += run_sync(store.take(mine)) != MarkerTaken()
-            run_sync(store.publish("scope", mine.key, mine.owner, Finished(DONE, mine.key, 60.0), 60.0))
+            run_sync(store.publish(mine, Finished(DONE, mine.key, 60.0), 60.0))
             answer: Any = run_sync(store.take(request(mine.key)))
             wrong += answer.finished.fingerprint != mine.key
         return wrong
@@ -353,7 +353,7 @@ def test_an_interrupted_call_leaves_no_reply_for_the_next(redis_url: str) -> Non
     for number in range(100):
         mine = request(f"key {number}")
         run_sync(store.take(mine))
-        run_sync(store.publish("scope", mine.key, mine.owner, Finished(DONE, mine.key, 60.0), 60.0))
+        run_sync(store.publish(mine, Finished(DONE, mine.key, 60.0), 60.0))
 
     def strike(*_: object) -> None:
         raise TimeLimitError

@@ -8,11 +8,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, make_url, select, text
+from sqlalchemy import create_engine, make_url, select, text, update
 
 from idem_tasks.claims import Granted, InDoubt, InProgress
+from idem_tasks.runtime import run_sync
+from idem_tasks.stores import sql_claims
+from idem_tasks.stores.schema import records_table
 from idem_tasks.stores.sql import SQLStore
 from idem_tasks.stores.sql_clock import clock_microseconds, now
 from idem_tasks.testing.driver import Driver
@@ -144,6 +148,51 @@ def test_the_clock_is_the_statements(postgres_url: str) -> None:
     assert (second - first).total_seconds() >= 0.05
     assert later_token - token >= 50_000
     assert first.timestamp() == pytest.approx(token / 1_000_000, abs=0.05)
+
+
+@pytest.mark.parametrize("fixture", DATABASES)
+@pytest.mark.parametrize("on_crash", ["rerun", "hold"])
+def test_a_renewal_between_look_and_write_keeps_its_claim(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fixture: str, on_crash: str
+) -> None:
+    """A holder that wakes up and renews once its lease was seen over is neither taken over nor doubted (F6)."""
+    url, look = request.getfixturevalue(fixture), sql_claims._claim_or_read
+    renewed: list[frozenset[str]] = []
+    with Driver("blocking") as driver:
+        use = StoreInUse(SQLStore(url, create_schema=True), driver)
+        elsewhere = SQLStore(url)
+        dead = use.granted(lease=SHORT)
+        use.let_expire(dead)
+
+        def renewed_meanwhile(*found: Any) -> Any:
+            row = look(*found)
+            if not renewed:
+                renewed.append(run_sync(elsewhere.renew([dead], lambda _: True)))
+            return row
+
+        monkeypatch.setattr(sql_claims, "_claim_or_read", renewed_meanwhile)
+        assert isinstance(use.claim(on_crash=on_crash), InProgress)
+        assert renewed == [{dead.owner}]
+        assert (use.record().owner, use.record().crashes) == (dead.owner, 0)
+        driver(use.store.close())
+        driver(elsewhere.close())
+
+
+@pytest.mark.parametrize("fixture", DATABASES)
+def test_a_token_of_a_restored_row_does_not_come_again(request: pytest.FixtureRequest, fixture: str) -> None:
+    """A database that failed over to an older state never gives a token that it has given since (F10)."""
+    url = request.getfixturevalue(fixture)
+    engine = create_engine(url)
+    with Driver("blocking") as driver:
+        use = StoreInUse(SQLStore(url, create_schema=True), driver)
+        use.release(use.granted())
+        given = use.granted()
+        use.release(given)
+        with engine.begin() as connection:
+            connection.execute(update(records_table()).values(fencing_token=given.fencing_token - 1))
+        assert use.granted().fencing_token > given.fencing_token
+        driver(use.store.close())
+    engine.dispose()
 
 
 @pytest.mark.parametrize("hours", [-1000, 1000])

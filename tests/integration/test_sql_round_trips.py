@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
+from idem_tasks.claims import EncodedOutcome, OutboxMessage
 from idem_tasks.stores.base import RuntimeName
 from idem_tasks.stores.sql import SQLStore
 from idem_tasks.testing.driver import Driver
@@ -37,6 +38,13 @@ def first_claim(use: StoreInUse, key: str) -> Callable[[], object]:
 @case
 def finish(use: StoreInUse, key: str) -> Callable[[], object]:
     return partial(use.finish, use.granted(key))
+
+
+@case
+def finish_with_messages(use: StoreInUse, key: str) -> Callable[[], object]:
+    lease = use.granted(key)
+    messages = tuple(OutboxMessage(f"{n:032}", use.scope, key, lease.fencing_token, n, "mail", b"{}") for n in range(3))
+    return partial(use.finish, lease, EncodedOutcome(body=b"1", codec="json", messages=messages))
 
 
 @case
@@ -87,9 +95,44 @@ def renewal_of_three(use: StoreInUse, key: str) -> Callable[[], object]:
     return partial(use.renew, *(use.granted(f"{key}-{number}") for number in range(3)))
 
 
+@case
+def begin_of_a_step(use: StoreInUse, key: str) -> Callable[[], object]:
+    return partial(use.begin_step, use.granted(key))
+
+
+@case
+def finish_of_a_step(use: StoreInUse, key: str) -> Callable[[], object]:
+    lease = use.granted(key)
+    use.begin_step(lease)
+    return partial(use.finish_step, lease)
+
+
+@case
+def replay_of_a_step(use: StoreInUse, key: str) -> Callable[[], object]:
+    lease = use.granted(key)
+    use.begin_step(lease)
+    use.finish_step(lease)
+    use.release(lease)
+    return partial(use.begin_step, use.granted(key))
+
+
+@case
+def forget(use: StoreInUse, key: str) -> Callable[[], object]:
+    use.finish(use.granted(key))
+    return partial(use.forget, key)
+
+
+@case
+def purge(use: StoreInUse, key: str) -> Callable[[], object]:
+    use.finish(use.granted(key, lease=0.1, max_hold=0.1, retention=0.1))
+    use.driver.pause(0.15)
+    return use.purge
+
+
 POSTGRES = {
     "first_claim": (1, 1),
     "finish": (1, 1),
+    "finish_with_messages": (1, 1),
     "release": (1, 1),
     "duplicate_of_finished": (1, 0),
     "duplicate_of_running": (1, 0),
@@ -98,8 +141,16 @@ POSTGRES = {
     "put_in_doubt": (2, 1),
     "superseded_finish": (2, 0),
     "renewal_of_three": (1, 1),
+    "begin_of_a_step": (1, 1),
+    "finish_of_a_step": (1, 1),
+    "replay_of_a_step": (1, 1),
+    # Looks, and deletes the record, its steps and then writes who did it: the steps in a statement of their own, which
+    # has to see what was begun while the first waited for the record.
+    "forget": (6, 1),
+    "purge": (1, 1),
 }
 MARIADB = POSTGRES | {
+    "finish_with_messages": (4, 1),
     # A read-write transaction, because it locked the row; it writes nothing, as another test shows.
     "duplicate_of_finished": (1, 1),
     "duplicate_of_running": (1, 1),
@@ -108,13 +159,17 @@ MARIADB = POSTGRES | {
     "put_in_doubt": (2, 2),
     "superseded_finish": (2, 1),
     "renewal_of_three": (4, 1),
+    "purge": (5, 1),
 }
 SQLITE = POSTGRES | {
+    "finish_with_messages": (4, 1),
     "duplicate_of_finished": (2, 0),
     "duplicate_of_running": (2, 0),
     "claim_of_released": (3, 1),
     "takeover": (3, 1),
     "put_in_doubt": (3, 1),
+    "replay_of_a_step": (1, 0),
+    "purge": (4, 1),
 }
 """Round trips and commits of each case. A call into SQLite counts as a round trip, though it is one of microseconds."""
 

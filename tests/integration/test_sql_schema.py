@@ -21,7 +21,7 @@ from idem_tasks.events import Announcer
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import run_sync
 from idem_tasks.stores import migrations, sql
-from idem_tasks.stores.schema import records_table
+from idem_tasks.stores.schema import outbox_table, records_table, steps_table
 from idem_tasks.stores.sql import SQLStore
 
 
@@ -57,16 +57,17 @@ def described_by_mariadb(connection: Connection, name: str) -> list[object]:
 def test_the_migration_makes_what_the_code_believes_in(
     request: pytest.FixtureRequest, fixture: str, describe: Callable[[Connection, str], list[object]]
 ) -> None:
-    """Revision 0001 and `records_table` make the same table, to the last option, as the server describes it."""
+    """The revisions and `schema` make the same tables, to the last option, as the server describes them."""
     url = request.getfixturevalue(fixture)
     store = SQLStore(url)
     run_sync(store.prepare())
     run_sync(store.close())
     with connected(url) as connection:
-        migrated = describe(connection, "idem_tasks_records")
-        connection.execute(text("DROP TABLE idem_tasks_records"))
-        records_table().metadata.create_all(connection)
-        assert describe(connection, "idem_tasks_records") == migrated
+        for table in (records_table(), steps_table(), outbox_table()):
+            migrated = describe(connection, table.name)
+            table.drop(connection)
+            table.metadata.create_all(connection)
+            assert describe(connection, table.name) == migrated
 
 
 def test_scope_and_key_compare_as_bytes_on_postgres(postgres_url: str) -> None:
@@ -164,7 +165,7 @@ def test_tables_are_made_on_first_use_where_asked(
 
 
 def test_a_schema_of_its_own_on_postgres(postgres_url: str) -> None:
-    """With `schema` both tables are there and nowhere else; a schema that is missing is named."""
+    """With `schema` all tables are there and nowhere else; a schema that is missing is named."""
     store = SQLStore(postgres_url, schema="jobs", create_schema=True)
     with pytest.raises(ConfigurationError, match="jobs"):
         run_sync(store.get("scope", "key"))
@@ -174,7 +175,8 @@ def test_a_schema_of_its_own_on_postgres(postgres_url: str) -> None:
         tables = connection.execute(
             text("SELECT schemaname, tablename FROM pg_tables WHERE tablename LIKE 'idem%' ORDER BY tablename")
         )
-        assert [tuple(table) for table in tables] == [("jobs", "idem_tasks_records"), ("jobs", "idem_tasks_schema")]
+        names = ("idem_tasks_audit", "idem_tasks_outbox", "idem_tasks_records", "idem_tasks_schema", "idem_tasks_steps")
+        assert [tuple(table) for table in tables] == [("jobs", name) for name in names]
     run_sync(store.close())
 
 

@@ -46,7 +46,7 @@ class MariaDBServer(Server):
             "socket": self.folder / "socket",
             "pid_file": self.folder / "pid",
             "character_set_server": "utf8mb4",
-            "innodb_flush_log_at_trx_commit": 0,  # what is written survives a kill of the server
+            "innodb_flush_log_at_trx_commit": 2,  # commits survive a kill of the server
             "innodb_log_file_size": "16M",
             "max_connections": 200,
             "skip_name_resolve": 1,

@@ -125,6 +125,7 @@ idem.run(double, 1, key=1)  # type: ignore[call-arg]
 async def by_hand() -> None:
     assert_type(await idem.arun(double_later, 1, scope="s", key="k"), int)
     await idem.arun(double, 1, scope="s", key="k")  # type: ignore[arg-type]
+    assert_type(await current_claim().step("double", double_later, 1), int)
     async with idem.aclaim(scope="s", key="k", lease=5, outcome_type=int) as block:
         assert_type(block.replayed, bool)
         assert_type(block.claim, Claim)
@@ -149,6 +150,9 @@ assert_type([record.key for record in idem.records(state="parked")], list[str])
 assert_type(current_claim(), Claim)
 assert_type(current_claim().fencing_token, int)
 assert_type(current_claim().lost, bool)
+assert_type(current_claim().provider_key("charge"), str)
+assert_type(current_claim().step("double", double, 1), int)
+current_claim().step("double", double, "1")  # type: ignore[arg-type]
 assert_type(idempotency_of(charge), IdempotentFunction)
 assert_type(idempotency_of(charge).key_for("A-1"), str)
 stores: list[Store] = [MemoryStore(), SQLStore("sqlite://"), store_from_url("memory://")]

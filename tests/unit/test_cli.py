@@ -10,6 +10,9 @@ import pytest
 from sqlalchemy import create_engine, inspect, make_url
 
 from idem_tasks import Idempotency, SQLStore, __version__
+from idem_tasks.stores.migrations.offline import newest_revision
+
+TABLES = {f"idem_tasks_{name}" for name in ("audit", "outbox", "records", "schema", "steps")}
 
 
 def idem_tasks(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -79,9 +82,9 @@ def test_init_db_makes_the_tables_once(database: str, request: pytest.FixtureReq
     second = idem_tasks("init-db", IDEM_TASKS_DATABASE_URL=url)
     assert (first.returncode, first.stdout) == (second.returncode, second.stdout) == (0, "")
     assert "Made the tables idem_tasks_* in " in first.stderr
-    assert "version 0001." in first.stderr
-    assert "has the tables idem_tasks_* already, version 0001." in second.stderr
-    assert tables(url) == {"idem_tasks_records", "idem_tasks_schema"}
+    assert f"version {newest_revision()}." in first.stderr
+    assert f"has the tables idem_tasks_* already, version {newest_revision()}." in second.stderr
+    assert tables(url) == TABLES
 
 
 def test_init_db_takes_a_schema_and_a_prefix(postgres_url: str) -> None:
@@ -100,7 +103,7 @@ def test_init_db_takes_a_schema_and_a_prefix(postgres_url: str) -> None:
 def test_init_db_without_a_url_makes_the_file_that_workers_use(tmp_path: Path) -> None:
     """It is idem_tasks.db in the working directory."""
     assert idem_tasks("init-db", cwd=tmp_path).returncode == 0
-    assert tables(f"sqlite:///{tmp_path / 'idem_tasks.db'}") == {"idem_tasks_records", "idem_tasks_schema"}
+    assert tables(f"sqlite:///{tmp_path / 'idem_tasks.db'}") == TABLES
 
 
 def test_the_script_for_a_dba_makes_the_same_tables(tmp_path: Path, sqlite_url: str) -> None:
@@ -114,7 +117,7 @@ def test_the_script_for_a_dba_makes_the_same_tables(tmp_path: Path, sqlite_url: 
     connection.close()
     with Idempotency(store=SQLStore(sqlite_url, create_schema=False)) as idempotency:
         assert idempotency.run(lambda: 1, scope="s", key="k") == 1
-    assert "already, version 0001" in idem_tasks("init-db", "--database-url", sqlite_url).stderr
+    assert f"already, version {newest_revision()}" in idem_tasks("init-db", "--database-url", sqlite_url).stderr
 
 
 @pytest.mark.parametrize("url", ["postgresql://127.0.0.1:1/x", "mysql://127.0.0.1:1/x"])
@@ -123,6 +126,7 @@ def test_the_script_needs_no_server(url: str) -> None:
     done = idem_tasks("init-db", "--sql", "--schema", "shop", "--database-url", url)
     assert done.returncode == 0, done.stderr
     assert "CREATE TABLE shop.idem_tasks_records" in done.stdout
+    assert "CREATE TABLE shop.idem_tasks_steps" in done.stdout
     assert ('COLLATE "C"' if url.startswith("postgresql") else "VARBINARY") in done.stdout
 
 

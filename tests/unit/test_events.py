@@ -60,15 +60,19 @@ def test_the_default_observer_is_the_log(caplog: pytest.LogCaptureFixture) -> No
 
 
 LEVELS = {
-    logging.DEBUG: ["granted", "replayed", "in_progress", "completed", "failed", "released"],
+    logging.DEBUG: ["granted", "replayed", "in_progress", "completed", "failed", "released", "outbox_sent"],
     logging.INFO: ["shadow_duplicate", "put_back"],
     logging.WARNING: [
         "mismatched",
         "taken_over",
         "in_doubt",
+        "answered",
+        "resolved",
+        "forgotten",
         "renewal_failed",
         "outcome_written_through",
         "marker_unavailable",
+        "outbox_failed",
     ],
     logging.ERROR: [
         "parked",

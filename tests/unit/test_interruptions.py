@@ -20,12 +20,12 @@ from typing import Any, Self
 import pytest
 
 import idem_tasks
-from idem_tasks import Idempotency, MemoryStore, idempotent_task
+from idem_tasks import RERUN, Idempotency, MemoryStore, Outcome, idempotent_task
 from idem_tasks.claims import State
-from idem_tasks.errors import StoreUnavailableError
+from idem_tasks.errors import InDoubtError, OutcomeError, StoreUnavailableError
 from idem_tasks.events import EventName
 from idem_tasks.runtime import Blocking, register_interruption, run_sync
-from tests.unit.scripted import Scripted, World, away, world_on
+from tests.unit.scripted import LEASE, Scripted, World, away, world_on
 
 _OURS = os.path.dirname(idem_tasks.__file__) + os.sep  # noqa: PTH120 - compared with the names in code objects
 _NOT_STRUCK = ("memory.py", "memory_marker.py", os.path.join("testing", ""))  # noqa: PTH118
@@ -140,7 +140,7 @@ def test_struck_at_any_line(
             allowed = {State.RUNNING, State.COMPLETED}
         else:
             allowed = {None, State.RELEASED, State.RUNNING}
-            if on_crash == "hold" and where.endswith((" perform", " invoke")):
+            if on_crash == "hold" and where.endswith((" perform", " run", " invoke")):
                 allowed.add(State.IN_DOUBT)  # the handler was about to begin
         assert world.state() in allowed, f"{world.state()} when struck at {where}"
     # Between two protected stretches a claim is left to its lease: some lines, not whole steps.
@@ -170,6 +170,47 @@ def test_a_duplicate_struck_at_any_line(monkeypatch: pytest.MonkeyPatch, tiers: 
     for world, striker, raised in strike_everywhere(monkeypatch, tiers, KeyboardInterrupt, call):
         assert raised is striker.error
         assert (world.effects, world.state(), world.held()) == (["A-1"], State.COMPLETED, 0), striker.line
+
+
+@NEVER_BEGUN
+@pytest.mark.parametrize("answer", [Outcome("receipt 17"), RERUN], ids=["outcome", "rerun"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SoftLimitError])
+@pytest.mark.parametrize("tiers", [1, 2])
+def test_whoever_asks_is_struck_at_any_line(
+    monkeypatch: pytest.MonkeyPatch, tiers: int, kind: type[BaseException], answer: Any
+) -> None:
+    """The doubt stays, or has ended as the function said; no rerun is held by nobody but for the usual few lines."""
+
+    def call(world: World) -> Callable[..., Any]:
+        for key in ("warm", "A-1"):
+            world.claim_elsewhere(key)
+        world.pass_time(LEASE + 1)
+        dead[:] = [world.record().owner]
+        return world.charge(on_crash=lambda _claim: answer, fingerprint=None)
+
+    dead: list[str] = []
+    seen: dict[tuple[bool, State | None], list[str]] = {}
+    for world, striker, raised in strike_everywhere(monkeypatch, tiers, kind, call):
+        where = striker.line
+        if kind is SoftLimitError and isinstance(raised, InDoubtError):
+            assert raised.__cause__ is striker.error, where  # it struck the function: a person finds the record
+        elif kind is SoftLimitError and isinstance(raised, OutcomeError):
+            assert world.state() is State.COMPLETED, where  # it struck the replay, as it may any duplicate's
+        else:
+            assert raised is striker.error, f"{raised!r} came out when struck at {where}"
+        assert world.held() == 0, f"held on when struck at {where}"
+        state = None if world.record().owner in dead and world.state() is State.RUNNING else world.state()
+        seen.setdefault((bool(world.effects), state), []).append(where)
+        allowed: set[State | None] = {None, State.IN_DOUBT, State.COMPLETED}
+        assert state in allowed | ({State.RELEASED, State.RUNNING} if answer is RERUN else set()), where
+    assert seen[False, State.IN_DOUBT]
+    if answer is RERUN:
+        assert seen[False, State.RELEASED]
+        assert seen[True, State.COMPLETED]
+        assert len(seen.get((False, State.RUNNING), [])) <= 12, seen[False, State.RUNNING]
+    else:
+        assert seen[False, State.COMPLETED]
+        assert not any(effects for effects, _ in seen)
 
 
 @NEVER_BEGUN

@@ -89,8 +89,10 @@ def test_a_finished_marker_comes_back_as_it_was(
     """Whatever is published is read back: bytes, presence and absence."""
     server = OneKey()
     published = Finished(outcome, fingerprint, expires_in, token, "trace")
-    run_sync(RedisMarkers(server, "idem:").publish("scope", "key", "owner", published, 60.0))
-    assert server.told[:3] == (b"running:owner:put back", b"running:owner:", b"pending:owner:")
+    run_sync(
+        RedisMarkers(server, "idem:").publish(ClaimRequest("scope", "key", None, "owner", Policy()), published, 60.0)
+    )
+    assert server.told[:3] == (b"running:owner:1", b"running:owner:", b"pending:owner:")
     assert server.told[-1] == 60_000
     answer = taken(server.told[-2])
     assert isinstance(answer, MarkerFinished)
@@ -118,7 +120,7 @@ def test_a_message_with_a_lone_surrogate_is_kept() -> None:
     """An error text that UTF-8 cannot hold is escaped: nothing fails after an effect."""
     server = OneKey()
     failure = EncodedOutcome(State.FAILED, error_type="E", error_message="\ud800 broken")
-    run_sync(RedisMarkers(server, "idem:").publish("s", "k", "o", Finished(failure, None, 1.0), 1.0))
+    run_sync(RedisMarkers(server, "idem:").publish(request(), Finished(failure, None, 1.0), 1.0))
     answer = taken(server.told[-2])
     assert answer.finished.outcome.error_message == "\\ud800 broken"
 
@@ -135,7 +137,7 @@ def test_whose_running_marker_it_is() -> None:
 def finished_marker() -> bytes:
     server = OneKey()
     outcome = Finished(EncodedOutcome(body=b"1", codec="json"), None, 1.0)
-    run_sync(RedisMarkers(server, "idem:").publish("s", "k", "o", outcome, 1.0))
+    run_sync(RedisMarkers(server, "idem:").publish(request(), outcome, 1.0))
     value: bytes = server.told[-2]
     return value
 
@@ -183,7 +185,7 @@ def test_a_newer_version_may_add_to_a_marker() -> None:
     """Fields that a later version puts last are passed over, so both versions can run during an upgrade."""
     server = OneKey()
     outcome = EncodedOutcome(body=b"1", codec="json")
-    run_sync(RedisMarkers(server, "idem:").publish("s", "k", "o", Finished(outcome, None, 1.0), 1.0))
+    run_sync(RedisMarkers(server, "idem:").publish(request(), Finished(outcome, None, 1.0), 1.0))
     value: bytes = server.told[-2]
     head = len(b"finished:")
     newer = value[:head] + bytes([value[head] + 1]) + value[head + 1 :] + b"\xc3"

@@ -257,7 +257,7 @@ def test_the_time_left_in_a_marker_shrinks(clock: ManualClock) -> None:
     marker = MemoryMarker(clock)
     wish = request()
     run_sync(marker.take(wish))
-    run_sync(marker.publish("scope", "key", wish.owner, Finished(DONE, None, 100.0), ttl=50.0))
+    run_sync(marker.publish(wish, Finished(DONE, None, 100.0), ttl=50.0))
     clock.advance(30)
     answer: Any = run_sync(marker.take(request()))
     assert answer.finished.expires_in == 70.0

@@ -168,17 +168,17 @@ def test_every_reason_for_a_missing_outcome_is_told() -> None:
     """A duplicate of an outcome that was not kept is an error that says why, except under `skip`."""
     for reason, words in (("too_large", "max_outcome_bytes"), ("not_encodable", "could not be encoded")):
         with pytest.raises(OutcomeError, match=words):
-            value_of(call(), finished(EncodedOutcome(not_kept=reason)))  # type: ignore[arg-type]
+            value_of(call(), EncodedOutcome(not_kept=reason))  # type: ignore[arg-type]
     with pytest.raises(OutcomeError, match="not known"):
-        value_of(call(), finished(EncodedOutcome()))
-    assert value_of(call(), finished(EncodedOutcome(not_kept="skipped"))) is None
+        value_of(call(), EncodedOutcome())
+    assert value_of(call(), EncodedOutcome(not_kept="skipped")) is None
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"$typed":1}', b'{"$nothing": 1}'])
 def test_an_outcome_that_cannot_be_read_is_an_error(body: bytes) -> None:
     """Damaged bytes are never taken for a value, and the handler is not run again."""
     with pytest.raises(OutcomeError):
-        value_of(call(), finished(EncodedOutcome(body=body, codec="json")))
+        value_of(call(), EncodedOutcome(body=body, codec="json"))
 
 
 def test_a_duplicate_error_of_an_unreadable_outcome_has_none() -> None:

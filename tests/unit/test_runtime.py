@@ -253,9 +253,10 @@ def test_what_strikes_a_blocking_finish_is_raised_after_it(error: BaseException)
     assert operation.tries == 2
 
 
-def test_the_last_of_several_interruptions_is_raised() -> None:
-    """A soft limit followed by a shutdown ends in the shutdown, with the operation done."""
-    operation = Interrupted(SoftLimit(), SystemExit(5))
+@pytest.mark.parametrize("strikes", [(SoftLimit(), SystemExit(5)), (SystemExit(5), SoftLimit())], ids=repr)
+def test_of_several_interruptions_a_shutdown_is_raised(strikes: tuple[BaseException, ...]) -> None:
+    """A soft limit before or after a shutdown ends in the shutdown, with the operation done."""
+    operation = Interrupted(*strikes)
     with pytest.raises(SystemExit):
         run_sync(Blocking().shield(operation))
     assert operation.tries == 3

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url
 
-from idem_tasks.claims import Record
+from idem_tasks.claims import AuditEntry, Record
 from idem_tasks.runtime import run_sync
-from idem_tasks.stores.schema import records_table
+from idem_tasks.stores.schema import audit_table, outbox_table, records_table, steps_table
 from idem_tasks.stores.sql import SQLStore
 
 
@@ -27,21 +27,29 @@ def ddl(url: str) -> set[str]:
 
 @pytest.mark.parametrize("prefix", ["idem_tasks_", "my_"])
 def test_the_migration_makes_what_the_code_believes_in(tmp_path: Path, prefix: str) -> None:
-    """Revision 0001 and `records_table` make the same tables, columns, types and indexes."""
+    """The revisions and `schema` make the same tables, columns, types and indexes."""
     migrated, described = f"sqlite:///{tmp_path}/migrated.db", f"sqlite:///{tmp_path}/described.db"
     store = SQLStore(migrated, table_prefix=prefix)
     run_sync(store.prepare())
     run_sync(store.close())
     engine = create_engine(described)
-    records_table(prefix=prefix).metadata.create_all(engine)
+    for make in (records_table, steps_table, audit_table, outbox_table):
+        table = make(prefix=prefix)
+        table.metadata.create_all(engine)
     engine.dispose()
     assert ddl(migrated) == ddl(described)
     assert f"{prefix}records" in "".join(ddl(migrated))
+    assert f"{prefix}steps" in "".join(ddl(migrated))
 
 
 def test_a_record_has_every_column() -> None:
     """What people see of a record is every column of its table, under the same names."""
     assert {field.name for field in fields(Record)} == set(records_table().columns.keys())
+
+
+def test_an_audit_entry_has_every_column() -> None:
+    """But for the number that orders them."""
+    assert {field.name for field in fields(AuditEntry)} | {"id"} == set(audit_table().columns.keys())
 
 
 def test_threads_may_make_the_tables_at_once(sqlite_url: str) -> None:
@@ -69,4 +77,6 @@ def test_tables_of_other_prefixes_live_side_by_side(sqlite_url: str) -> None:
     connection = sqlite3.connect(make_url(sqlite_url).database or "")
     tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
     connection.close()
-    assert {name for (name,) in tables} == {"one_records", "one_schema", "two_records", "two_schema"}
+    assert {name for (name,) in tables} == {
+        f"{prefix}_{name}" for prefix in ("one", "two") for name in ("audit", "outbox", "records", "schema", "steps")
+    }

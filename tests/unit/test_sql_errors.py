@@ -16,7 +16,7 @@ COMES_AGAIN = {Fault.UNAVAILABLE, Fault.POOL_EXHAUSTED, Fault.LOCKED, Fault.CONF
 @pytest.mark.parametrize("fault", Fault)
 def test_every_fault_has_an_error(fault: Fault) -> None:
     """It names the database; what another try may mend, and nothing else, is `StoreUnavailableError`."""
-    error = error_for(fault, "postgresql://h/shop", "jobs.idem_tasks_records")
+    error = error_for(fault, "postgresql://h/shop", "jobs.idem_tasks_*")
     assert isinstance(error, StoreError)
     assert str(error).startswith("postgresql://h/shop")
     assert isinstance(error, StoreUnavailableError) == (fault in COMES_AGAIN)

@@ -9,9 +9,8 @@ from sqlalchemy import Insert, create_engine
 from sqlalchemy.dialects import mysql
 
 from idem_tasks.errors import ConfigurationError
-from idem_tasks.stores.schema import records_table
 from idem_tasks.stores.sql import SQLStore
-from idem_tasks.stores.sql_statements import Statements
+from idem_tasks.stores.sql_statements import statements_for
 from idem_tasks.stores.sql_urls import parse_url, target
 
 
@@ -41,7 +40,7 @@ def test_mysql_waits_for_the_network_as_long_as_the_url_says(name: str) -> None:
 
 def test_mysql_is_asked_for_no_returning() -> None:
     """MariaDB returns what it inserted; MySQL cannot, and is sent a plain INSERT."""
-    insert = Statements("mysql", records_table()).claim
+    insert = statements_for("mysql", None, "idem_tasks_").claim
     assert isinstance(insert, Insert)
     claim = str(insert.compile(dialect=mysql.dialect()))
     assert claim.startswith("INSERT")

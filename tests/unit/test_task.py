@@ -1089,6 +1089,8 @@ def test_a_pending_outcome_is_written_through_by_the_next_delivery(tiered: World
     tiered.record_tier.up()
     assert charge("A-1") == "charged 5 for A-1"
     assert tiered.state() is State.COMPLETED
+    assert tiered.marker_of() is None
+    assert charge("A-1") == "charged 5 for A-1"
     assert tiered.marker_of() == "finished"
     assert tiered.effects == ["A-1"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -194,12 +195,34 @@ def test_without_the_marker_the_record_is_asked(tiers: Tiers) -> None:
 
 
 def test_a_marker_taken_with_its_reply_lost_is_ours(tiers: Tiers) -> None:
-    """The command took effect though it failed: finish and release replace or remove that marker (F22)."""
+    """The command took effect though it failed: finish and release remove that marker (F22).
+
+    No outcome takes its place: a take that comes late may come after a person forgot the record (F53).
+    """
     tiers.marker.after("take", away("the marker"))
     lease = tiers.granted()
     assert tiers.standing() == "running"
     tiers.finish(lease)
-    assert tiers.standing() == "finished"
+    assert tiers.standing() is None
+
+
+def test_a_take_that_comes_late_does_not_bring_back_what_was_forgotten(tiers: Tiers) -> None:
+    """It was given up by its sender, and takes effect when a person has forgotten the outcome (F53)."""
+    tiers.marker.before("take", away("the marker"))
+    lease = tiers.granted()
+    tiers.marker.before("publish", forgotten_meanwhile(tiers, lease))
+    tiers.finish(lease)
+    assert tiers.standing() is None
+    tiers.granted()
+
+
+def forgotten_meanwhile(tiers: Tiers, lease: Lease) -> Callable[[], None]:
+    def forget() -> None:
+        run_sync(tiers.record.real.forget(lease.scope, lease.key))
+        run_sync(tiers.marker.real.drop([(lease.scope, lease.key)]))
+        run_sync(tiers.marker.real.take(replace(lease.request, take=1)))
+
+    return forget
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -262,14 +285,16 @@ def pending(tiers: Tiers, **policy: Any) -> Lease:
     return lease
 
 
-def test_a_pending_outcome_is_written_through_and_published(tiers: Tiers) -> None:
-    """The next claim records it, answers with it, and the one after that asks the marker only (F57)."""
+def test_a_pending_outcome_is_written_through(tiers: Tiers) -> None:
+    """The next claim records it and answers with it; the one after that publishes it (F57)."""
     pending(tiers)
     tiers.verbs()
     answer = tiers.claim()
     assert isinstance(answer, Finished)
     assert answer.outcome == DONE
-    assert tiers.verbs() == ["marker.take", "marker.publish", "record.write_through"]
+    assert tiers.verbs() == ["marker.take", "marker.drop_pending", "record.write_through"]
+    assert isinstance(tiers.claim(), Finished)
+    assert tiers.verbs() == ["marker.take", "marker.publish", "record.claim"]
     assert isinstance(tiers.claim(), Finished)
     assert tiers.verbs() == ["marker.take"]
     assert [event.name for event in tiers.events] == [EventName.OUTCOME_WRITTEN_THROUGH]
@@ -380,7 +405,7 @@ def test_a_persons_word_reaches_the_record_first(tiers: Tiers) -> None:
     tiers.finish(tiers.granted())
     run_sync(tiers.record.real.forget("s", "k"))
     assert tiers.standing() == "finished"
-    assert run_sync(tiers.store.forget("s", "k")) is False
+    assert run_sync(tiers.store.forget("s", "k")) is None
     assert tiers.standing() is None
     tiers.finish(tiers.granted())
     found: list[Any] = []

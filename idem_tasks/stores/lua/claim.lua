@@ -1,28 +1,11 @@
 -- Claims the record in one step, or tells why not: granted, again, taken_over, finished, running, in_doubt, parked.
 -- ARGV: owner, lease, max_hold, retention, how long a person may take (microseconds), hold or rerun,
 --       max_crashes or -1, then those of fingerprint, holder and traceparent that are there
-local owner = ARGV[1]
-local lease, max_hold, retention = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local waiting, on_crash, max_crashes = tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
-
-local function grant(word, changes)
-  local ends = now + max_hold + retention
-  changes.state = 'running'
-  changes.fencing_token = math.max(number('fencing_token') + 1, now)
-  changes.owner = owner
-  changes.attempts = (changes.attempts or number('attempts')) + 1
-  changes.lease_expires_at = now + lease
-  changes.expires_at = ends
-  changes.updated_at = now
-  changes.attention = false
-  given(changes, {'fingerprint', 'holder', 'traceparent'}, 8)
-  change(changes, math.max(ends, now + waiting))
-  return answer(word)
-end
+local on_crash, max_crashes = ARGV[6], tonumber(ARGV[7])
 
 -- Always the first: what has expired is mostly gone already, and counts no generations.
 local function begin_generation()
-  return grant('granted', {
+  return grant('granted', 8, {
     generation = 1, attempts = 0, failures = 0, crashes = 0, created_at = now,
     outcome = false, codec = false, not_kept = false, error_type = false, error_message = false, completed_at = false,
   })
@@ -40,7 +23,7 @@ local function take_over()
     change({state = 'in_doubt', crashes = crashes, attention = 'in_doubt', updated_at = now}, ends)
     return answer('newly_in_doubt')
   end
-  return grant('taken_over', {crashes = crashes})
+  return grant('taken_over', 8, {crashes = crashes})
 end
 
 local state = record.state
@@ -51,7 +34,7 @@ if state == 'completed' or state == 'failed' or state == 'released' then
   if number('expires_at') <= now then
     return begin_generation()
   elseif state == 'released' then
-    return grant('granted', {})
+    return grant('granted', 8, {})
   end
   return answer('finished')
 end

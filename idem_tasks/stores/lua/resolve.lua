@@ -1,6 +1,6 @@
 -- Ends what waits for a person, with a new token and owner, so that a late holder's finish misses.
--- Answers done, missing, held or ended.
--- ARGV: new owner, state (released, completed or failed), then the fields of the outcome
+-- Answers done, missing, held, moved or ended.
+-- ARGV: new owner, the fencing token that was seen, or nothing, state (released, completed or failed), then the fields of the outcome
 if not exists then
   return answer('missing')
 end
@@ -10,10 +10,14 @@ end
 if is_held() then
   return answer('held')
 end
+if ARGV[2] ~= '' and record.fencing_token ~= ARGV[2] then
+  return answer('moved')
+end
 if record.state ~= 'in_doubt' and record.state ~= 'parked' and record.state ~= 'running' then
   return answer('ended')
 end
-local state = ARGV[2]
+local state = ARGV[3]
+local was_state, was_token = record.state, record.fencing_token
 local retention = number('expires_at') - number('created_at')
 local ends = math.max(number('expires_at'), now + retention)
 local changes = {
@@ -24,7 +28,8 @@ if state == 'released' then
   changes.failures, changes.crashes = 0, 0
 else
   changes.completed_at = now
-  given(changes, {'outcome', 'codec', 'not_kept', 'error_type', 'error_message'}, 3)
+  given(changes, {'outcome', 'codec', 'not_kept', 'error_type', 'error_message'}, 4)
 end
 change(changes, ends)
+record.was_state, record.was_token = was_state, was_token
 return answer('done')

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -19,6 +19,9 @@ from idem_tasks.policy import Policy
 ENDED = (State.COMPLETED, State.FAILED)
 WAITING = (State.IN_DOUBT, State.PARKED)
 
+_FIRST_PAUSE = 0.05
+"""Seconds that a finish waits before its second try; each later pause is as long as all before, and this."""
+
 _ROUNDING = 1e-5
 """Seconds. A record tells its times in microseconds."""
 
@@ -27,19 +30,27 @@ class Law(Enum):
     """What is checked, in words."""
 
     EFFECT_ONCE = "under hold, an outside effect happens at most once"
-    EFFECT_EXPLAINED = "under rerun, an effect is repeated only after a takeover or a release"
+    EFFECT_EXPLAINED = "under rerun, an effect is repeated only when the claim that had it was taken over or released"
+    TAKEOVER_TOLD = "a handler that runs after a takeover is told so"
     CLAIMED = "a handler runs only under a claim that was granted to it, once for each"
     RISING_FENCE = "every claim that is granted has a higher fencing token than all before"
     LEASE_RESPECTED = "nobody takes a claim over, or ends it, whose lease is not over"
     KEPT_ALIVE = "a claim whose heartbeat beats in time is not taken over"
     CRASHES_END = "a message that kills its worker every time is parked after max_crashes takeovers"
+    FAILURES_END = "a message whose handler fails every time is parked after max_attempts failures"
     FENCE = "only the claim that was granted last is renewed, released or records an outcome"
     OUTCOME_STANDS = "a recorded outcome is not replaced, and not run again within its retention"
     RETAINED = "an outcome is kept for the whole retention from when it is recorded"
+    MARKER_RETAINED = "a marker's outcome is kept no longer than its record was when its caller was told"
     FORGOTTEN = "what a person deleted is not recorded again by a finish that was sent when its lease was over"
     LATE_FINISH = "the claim that stands can record its outcome, also when it was put in doubt"
+    LOST_IS_REWRITTEN = "a record that is lost is written again by a finish that was sent while its lease lived"
     LATE_FAILURE = "a handler that was superseded ends by the recorded outcome, not by its own failure"
     OUTCOME_KEPT = "an outcome that SQL would not take waits in the marker, and in the process that tries on"
+    PENDING_FIRST = "whoever meets an outcome that waits in the marker brings it to the record before anything else"
+    FINISH_TRIED = "a finish that cannot reach its record is tried again while its lease lives"
+    OUTCOME_BROUGHT = "a process that lives brings each of its outcomes to the record in the end"
+    INTERRUPTED = "a call that a soft limit or a shutdown struck ends by it, or is put back"
     NOTHING_LEFT = "a call that is over, and could reach both tiers, holds neither the record nor the marker"
     RETENTION_ENDS = "only an end whose retention is over is purged or begun afresh"
     PERSON_DECIDES = "in doubt and parked are ended by a person, or by the late finish of the claim in doubt"
@@ -66,13 +77,30 @@ class Violation(AssertionError):  # noqa: N818 - a word of its own: the explorer
 class _Epoch:
     """The life of a record between two deletions, expiries or orders to run again."""
 
-    effects: int = 0
+    effects: set[str] = field(default_factory=set)
+    """The owners in whose handlers it happened."""
+    repeatable: set[str] = field(default_factory=set)
+    """The owners whose claim was taken over or released when their handler had begun: another may run after them."""
     takeovers: int = 0
     releases: int = 0
+    failures: int = 0
     outcome: str | None = None
     waited: bool = False
     closed: bool = False
     """Over for certain: whoever asks from now on must not hear its outcome."""
+
+    def counts(self) -> tuple[Any, ...]:
+        return len(self.effects), self.takeovers, self.releases, self.failures, self.outcome
+
+    def summary(self) -> tuple[Any, ...]:
+        return self.counts(), frozenset(self.effects), frozenset(self.repeatable), self.waited, self.closed
+
+
+@dataclass(frozen=True, slots=True)
+class _Grant:
+    fencing_token: int
+    epoch: int
+    took_over: bool
 
 
 class Laws:
@@ -84,11 +112,13 @@ class Laws:
         self._record_may_be_lost = record_may_be_lost
         self._last_token = 0
         self._epochs = [_Epoch()]
-        self._granted: dict[str, tuple[int, int]] = {}  # owner: fencing token, epoch
+        self._granted: dict[str, _Grant] = {}
         self._ran: set[str] = set()
         self._returned: set[str] = set()
+        self._failed: set[str] = set()
         self._finishes: set[str] = set()
         self._leases: dict[str, float] = {}  # owner: when its lease ends
+        self._told_left: dict[str, float] = {}  # owner: what was left of its outcome's retention when it was told
         self._answered: dict[int, set[str]] = defaultdict(set)
 
     @property
@@ -103,15 +133,16 @@ class Laws:
 
     def summary(self) -> tuple[Any, ...]:
         """Return what later checks depend on."""
-        epochs = tuple((e.effects, e.takeovers, e.releases, e.outcome, e.waited, e.closed) for e in self._epochs)
+        epochs = tuple(epoch.summary() for epoch in self._epochs)
         granted = frozenset(self._granted.items())
         answered = frozenset((epoch, frozenset(given)) for epoch, given in self._answered.items())
-        owners = frozenset(self._ran), frozenset(self._returned), frozenset(self._finishes)
-        return epochs, self._last_token, granted, owners, frozenset(self._leases.items()), answered
+        owners = tuple(map(frozenset, (self._ran, self._returned, self._failed, self._finishes)))
+        times = frozenset(self._leases.items()), frozenset(self._told_left.items())
+        return epochs, self._last_token, granted, owners, times, answered
 
     def ending(self) -> tuple[Any, ...]:
         """Return how often what happened in each life of the record, and its outcome."""
-        return tuple((e.effects, e.takeovers, e.releases, e.outcome) for e in self._epochs)
+        return tuple(epoch.counts() for epoch in self._epochs)
 
     def _broken(self, law: Law, what: str) -> None:
         if self.violation is None:
@@ -179,18 +210,24 @@ class Laws:
                 what = f"{owner} was granted {after.fencing_token}, and {self._last_token} was there before"
                 self._broken(Law.RISING_FENCE, what)
             self._last_token = after.fencing_token
+            if not same:
+                took_over = before is not None and before.state is State.RUNNING
+                self._granted[owner] = _Grant(after.fencing_token, self.epoch, took_over)
             if before is not None and before.state is State.RUNNING and not same:
                 self._taken_over(owner, before, kept_alive=kept_alive)
-            if not same:
-                self._granted[owner] = after.fencing_token, self.epoch
 
     def _taken_over(self, owner: str, before: Record, *, kept_alive: bool) -> None:
         epoch, most = self._epochs[-1], self._policy.max_crashes
         epoch.takeovers += 1
+        self._may_be_repeated(before.owner)
         if kept_alive:
             self._broken(Law.KEPT_ALIVE, f"{owner} took over from {before.owner}")
         if most is not None and epoch.takeovers > most:
             self._broken(Law.CRASHES_END, f"{owner} is takeover number {epoch.takeovers}")
+
+    def _may_be_repeated(self, owner: str) -> None:
+        if owner in self._ran:  # one that has not begun must not begin any more
+            self._epochs[-1].repeatable.add(owner)
 
     def _finished(self, owner: str, before: Record | None, after: Record, now: float) -> None:
         if before == after or after.state not in ENDED:
@@ -217,8 +254,13 @@ class Laws:
             self._broken(Law.NO_RELEASE_AFTER_RETURN, f"{owner} had returned, and is {after.state.value}")
         if before.state in ENDED:
             self._broken(Law.OUTCOME_STANDS, f"{owner} released what was {before.state.value}")
+        epoch, most = self._epochs[-1], self._policy.max_attempts
+        epoch.failures += owner in self._failed
         if after.state is State.RELEASED:
-            self._epochs[-1].releases += 1
+            epoch.releases += 1
+            self._may_be_repeated(owner)
+            if most is not None and epoch.failures >= most:
+                self._broken(Law.FAILURES_END, f"{owner} is failure number {epoch.failures}, and is released")
 
     def renewed(self, owners: Iterable[str], record: Record | None) -> None:
         """Check that nobody is told that its claim was renewed whose claim it is not."""
@@ -227,9 +269,19 @@ class Laws:
                 self._broken(Law.FENCE, f"{owner} was renewed, and the claim is of {record and record.owner}")
 
     def finish_came(
-        self, verb: str, owner: str, before: Record | None, after: Record | None, *, sent_at: float
+        self,
+        verb: str,
+        owner: str,
+        before: Record | None,
+        after: Record | None,
+        *,
+        sent_at: float,
+        lease_lived: bool,
     ) -> None:
-        """Check what became of an outcome that reached the record, whether that changed or not."""
+        """Check what became of an outcome that reached the record, whether that changed or not.
+
+        `lease_lived`: it was sent before the lease's end by the sender's own clock.
+        """
         self._finishes.add(owner)
         stands = before is not None and before.owner == owner and before.state in (State.RUNNING, State.IN_DOUBT)
         if stands and (after is None or after.state not in ENDED):
@@ -237,6 +289,16 @@ class Laws:
         sent_late = verb == "write_through" or sent_at > self._leases.get(owner, 0.0) + _ROUNDING
         if before is None and after is not None and sent_late and not self._record_may_be_lost:
             self._broken(Law.FORGOTTEN, f"{verb} of {owner} made a record where there was none")
+
+        if before is None and lease_lived and (after is None or after.state not in ENDED):
+            self._broken(Law.LOST_IS_REWRITTEN, f"the outcome of {owner}, whose lease lived, is not recorded")
+
+    def told(self, owner: str, record: Record | None, now: float) -> None:
+        """Note what is left of a recorded outcome that the record answers with."""
+        if record is not None and record.state in ENDED:
+            # A finish that is sent again hears of what was recorded earlier.
+            left = max(record.expires_at.timestamp() - now, self._told_left.get(owner, 0.0))
+            self._told_left[owner] = left
 
     def record_was_lost(self) -> None:
         """The database lost its last moments; what it lost is not our doing."""
@@ -251,30 +313,47 @@ class Laws:
 
     def marker_changed(self, verb: str, owner: str, before: Any, after: Any) -> None:
         """Check what a command of `owner` made of the marker, given as (kind, owner) pairs or None."""
+        vanished = before is not None and before[0] == "pending" and before != after and verb != "drop"
+        if vanished and before[1] not in self._finishes:
+            self._broken(Law.OUTCOME_KEPT, f"{verb} deleted the outcome of {before[1]}, which never was recorded")
         if before is None or before == after or verb in ("drop", "drop_pending"):
             return
         if before[1] != owner:
             self._broken(Law.OWN_MARKER, f"{verb} of {owner} changed the {before[0]} marker of {before[1]}")
 
+    def published(self, owner: str, left: float) -> None:
+        """Check for how many seconds a marker answers with an outcome."""
+        told = self._told_left.pop(owner, left)  # what the record knows nothing of breaks another law
+        if left > told + _ROUNDING:
+            self._broken(Law.MARKER_RETAINED, f"{owner} published for {left:g} s what is kept for {told:g} s")
+
     # The handler
 
-    def handler_began(self, owner: str, fencing_token: int) -> None:
-        """Check that it has a claim of its own."""
-        if self._granted.get(owner, (0, 0))[0] != fencing_token or owner in self._ran:
-            self._broken(Law.CLAIMED, f"{owner} ran under {fencing_token}, and was granted {self._granted}")
+    def handler_began(self, owner: str, fencing_token: int, *, taken_over: bool) -> None:
+        """Check that it has a claim of its own; `taken_over` is what it is told."""
+        grant = self._granted.get(owner)
+        if grant is None or grant.fencing_token != fencing_token or owner in self._ran:
+            self._broken(Law.CLAIMED, f"{owner} ran under {fencing_token}, and was granted {grant}")
+        elif grant.took_over and not taken_over:
+            self._broken(Law.TAKEOVER_TOLD, f"{owner} took over, and does not know")
         self._ran.add(owner)
 
     def effect(self, owner: str) -> None:
         """Check that the outside effect may happen now."""
-        epoch = self._epochs[self._granted[owner][1]]  # a late effect belongs to the life in which it was claimed
-        epoch.effects += 1
-        if epoch.effects == 1 or self._record_may_be_lost:
+        epoch = self._epochs[self._granted[owner].epoch]  # a late effect belongs to the life in which it was claimed
+        epoch.effects.add(owner)
+        if len(epoch.effects) == 1 or self._record_may_be_lost:
             return
         if self._policy.on_crash == "hold":
             self._broken(Law.EFFECT_ONCE, f"it happened in {owner}, and had happened before")
-        if epoch.effects > 1 + epoch.takeovers + epoch.releases:
-            what = f"{epoch.effects} effects after {epoch.takeovers} takeovers and {epoch.releases} releases"
+        final = epoch.effects - epoch.repeatable
+        if len(final) > 1:
+            what = f"it happened in {sorted(epoch.effects)}, and might be repeated after {sorted(epoch.repeatable)}"
             self._broken(Law.EFFECT_EXPLAINED, what)
+
+    def handler_failed(self, owner: str) -> None:
+        """Note that its release counts as a failure."""
+        self._failed.add(owner)
 
     def handler_returned(self, owner: str) -> None:
         """Note that nothing may release its claim from now on."""
@@ -301,6 +380,27 @@ class Laws:
         if owner in self._returned and owner not in self._finishes and not (in_marker and tried_again):
             where = "its process does not try on" if in_marker else "it is not in the marker"
             self._broken(Law.OUTCOME_KEPT, f"the outcome of {owner} is not recorded, and {where}")
+
+    def met_pending(self, owner: str, asks: str) -> None:
+        """Check what a call does next that has just heard of an outcome which waits in the marker."""
+        if asks != "write_through":
+            self._broken(Law.PENDING_FIRST, f"{owner} met a pending outcome, and went on with: {asks}")
+
+    def gives_up(self, owner: str, *, tried_for: float, left: float) -> None:
+        """Check that a finish is given up only when its next try, after as long a pause again, would be too late."""
+        if left > tried_for + _FIRST_PAUSE + _ROUNDING:
+            self._broken(
+                Law.FINISH_TRIED, f"{owner} gave up after {tried_for:g} s, and {left:g} s of its lease are left"
+            )
+
+    def process_is_left(self, owner: str) -> None:
+        """Check that nothing is left to do in the end for a process that lives."""
+        if owner in self._returned and owner not in self._finishes:
+            self._broken(Law.OUTCOME_BROUGHT, f"the outcome of {owner} never came to the record")
+
+    def interrupted(self, owner: str, what: str, ended_by: str) -> None:
+        """An interruption was swallowed."""
+        self._broken(Law.INTERRUPTED, f"{owner} was struck by {what}, and ended by {ended_by}")
 
     def failed(self, owner: str, *, superseded: bool) -> None:
         """Check that a handler's own failure may go on; `superseded`: its release heard a recorded outcome."""

@@ -7,12 +7,13 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from idem_tasks.call import Services
-from idem_tasks.claims import Finished
+from idem_tasks.claims import Claim, Finished
 from idem_tasks.errors import StoreUnavailableError
 from idem_tasks.events import Announcer
 from idem_tasks.heartbeat import Heartbeat
 from idem_tasks.outcomes import JsonCodec
 from idem_tasks.runtime import Asyncio, Blocking, register_interruption
+from idem_tasks.stores.base import MarkerPending
 from idem_tasks.stores.tiered import TieredStore
 from idem_tasks.testing.explorer.laws import Law, Violation
 from idem_tasks.testing.explorer.words import summary_of, words_of
@@ -54,6 +55,7 @@ class Runtime(Blocking):
     """The blocking runtime, whose handler and pauses can be suspended."""
 
     invoke = Asyncio.invoke
+    drive = Asyncio.drive
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -108,6 +110,8 @@ class Worker:
         self.name = name
         self.dead = False
         self.has_beaten = False
+        self.delivery: str | None = None
+        """Whose handler runs in it."""
         self.reply: str | None = None
         """What becomes of the next reply, where the world does not stop at each."""
         announce = Announcer(())
@@ -152,10 +156,16 @@ class Actor:
         """When it came to its step: when a command was sent."""
         self.outages: set[str] = set()
         """The tiers that it could not reach, once at least."""
-        self.returned_at = 0.0
-        """When its handler returned."""
-        self.struck = False
-        """Whether it was interrupted, once at least."""
+        self.claim: Claim | None = None
+        """What its handler runs under, or ran."""
+        self.ran_until = 0.0
+        """When its handler returned or failed."""
+        self.lease_lived = False
+        """Whether its lease was not over, by its own clock, when it came to its step."""
+        self.struck: BaseException | None = None
+        """What interrupted it last."""
+        self.met_pending = False
+        """Whether the marker has just told it of an outcome that waits there."""
         self.superseded = False
         """Whether its release was answered with a recorded outcome."""
 
@@ -175,17 +185,19 @@ class Actor:
     def summary(self) -> tuple[Any, ...]:
         """Return all that its next steps depend on, with the answer that it has not heard yet."""
         waits_at = None if self.step is None else (self.step.tier, self.step.verb, summary_of(self.step.answer))
-        return self.name, self.trail, waits_at, self.holds_message, self.first_epoch
+        deadline = None if self.claim is None else self.claim.deadline  # which a heartbeat may have moved
+        return self.name, self.trail, waits_at, self.holds_message, self.first_epoch, deadline
 
     def resume(self, world: World, reply: bool | BaseException | None) -> None:
         """Go on to the next step or to the end."""
-        world.going_on(self.name)
+        world.going_on(self.name, self.sent_at, lease_lived=self.lease_lived)
         self.steps += 1
         if self.steps > ACTORS_STEPS:
             raise Violation(Law.KNOWN_ENDINGS, f"{self.name} went round in a circle")
         told = type(reply).__name__ if isinstance(reply, BaseException) else (reply, self.worker.reply)
         step = self.step
-        self.struck = self.struck or isinstance(reply, (SoftLimitError, SystemExit))
+        if isinstance(reply, (SoftLimitError, SystemExit)):
+            self.struck = reply
         if step is not None and isinstance(reply, StoreUnavailableError):
             self.outages.add(step.tier)
         elif step is not None and step.when == "after" and reply is False:
@@ -201,8 +213,22 @@ class Actor:
         except (StopIteration, KilledError):
             del world.actors[self.name]
         self.sent_at = world.clock()
+        self.lease_lived = self.claim is not None and self.sent_at <= self.claim.deadline
+        if self.step is not None:
+            self._comes_to(world, self.step)
+
+    def _comes_to(self, world: World, step: Step) -> None:
+        """Let the laws see what it does next."""
+        if self.met_pending:
+            self.met_pending = False
+            world.laws.met_pending(self.name, step.verb)
+        if step.verb == "keep" and step.when == "before" and self.claim is not None:
+            tried_for = self.sent_at - self.ran_until
+            world.laws.gives_up(self.name, tried_for=tried_for, left=self.claim.deadline - self.sent_at)
 
     def hear(self, step: Step) -> None:
         """Note what an answer obliges it to."""
+        if isinstance(step.answer, MarkerPending):
+            self.met_pending = True
         if (step.tier, step.verb) == ("record", "release"):
             self.superseded = isinstance(step.answer, Finished)

@@ -17,12 +17,16 @@ LEASE = 0.3
 RETENTION = 1000.0
 """Seconds that an outcome is kept."""
 
+LONGEST_WAIT = 31.0
+"""Seconds in which a process tries once at least to record what is pending."""
+
 Behaviour = Literal["return", "raise", "raise before its effect", "retry"]
 """How one run of the handler goes. `raise` comes after its effect; `retry` publishes the message again before it, as
 Celery's `self.retry()` does, and raises."""
 
 Fault = Literal[
     "command lost",
+    "command late",
     "reply lost",
     "sent again",
     "killed",
@@ -43,11 +47,12 @@ Fault = Literal[
 ]
 """What can go wrong, or what a person can do, at any step:
 
-`command lost` never reaches the tier; `reply lost` took effect, and the caller sees an outage; `sent again` took
-effect, its reply was lost, and the client sent the command once more. `killed` ends a worker's process. `lease over`
-lets more than a lease pass while nobody does anything: a pause of all; `third of a lease over` is the time after which
-heartbeats are due. `markers lost` is a flush, an eviction or a failover of Redis; `record lost` takes the last
-moments of a database that failed over. A soft limit and a shutdown strike a delivery where it is.
+`command lost` never reaches the tier; after `command late` the caller sees an outage too, but the command is on its
+way, and takes effect at any later moment, or never; `reply lost` took effect, and the caller sees an outage;
+`sent again` took effect, its reply was lost, and the client sent the command once more. `killed` ends a worker's
+process. `lease over` lets more than a lease pass while nobody does anything: a pause of all; `third of a lease over` is
+the time after which heartbeats are due. `markers lost` is a flush, an eviction or a failover of Redis; `record lost`
+takes the last moments of a database that failed over. A soft limit and a shutdown strike a delivery where it is.
 """
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 from idem_tasks.policy import Policy
-from idem_tasks.testing.explorer.scenario import Behaviour, Fault, HandlerFailedError, Scenario, policy
+from idem_tasks.testing.explorer.scenario import LEASE, Behaviour, Fault, HandlerFailedError, Scenario, policy
 
 
 def _each(faults: Iterable[Fault], count: int = 1) -> dict[Fault, int]:
@@ -21,8 +21,9 @@ _ONE_EACH = _each(fault for fault in _ALL if fault not in ("record lost", "reten
 _PAIRED = {
     fault: count
     for fault, count in _ONE_EACH.items()
-    if fault not in ("delivered again", "Redis down", "shutdown", "resolve with an outcome")
+    if fault not in ("command late", "delivered again", "Redis down", "shutdown", "resolve with an outcome")
 }
+_LATE = _each(("command late", "forget")) | _CRASHES
 _MANY = _each((fault for fault in _ALL if fault != "record lost"), 3)
 
 EXHAUSTIVE: tuple[Scenario, ...] = (
@@ -31,6 +32,8 @@ EXHAUSTIVE: tuple[Scenario, ...] = (
     Scenario(name="one fault, hold", policy=policy("hold"), faults=_ONE_EACH, every_reply=True),
     Scenario(name="two faults", policy=policy(), faults=_PAIRED, most_faults=2),
     Scenario(name="two faults, hold", policy=policy("hold"), faults=_PAIRED, most_faults=2),
+    Scenario(name="a late command", policy=policy(), faults=_LATE, most_faults=2),
+    Scenario(name="a late command, hold", policy=policy("hold"), faults=_LATE, most_faults=2),
     Scenario(name="three copies, one fault", policy=policy(), copies=3, deliveries=3, faults=_ONE_EACH),
     Scenario(
         name="a crash every time",
@@ -54,6 +57,12 @@ EXHAUSTIVE: tuple[Scenario, ...] = (
         most_faults=3,
     ),
     Scenario(
+        name="little retention is left",
+        policy=policy(max_hold=LEASE, retention=0.5, cache_ttl=0.4),
+        faults=_each(["markers lost"]) | _each(["lease over"], 2),
+        most_faults=3,
+    ),
+    Scenario(
         name="the handler raises after its effect",
         policy=policy(),
         behaviours=("raise",),
@@ -73,6 +82,14 @@ EXHAUSTIVE: tuple[Scenario, ...] = (
         copies=1,
         behaviours=("retry",),
         deliveries=3,
+        faults=_CRASHES | _NETWORK,
+    ),
+    Scenario(
+        name="the handler fails every time",
+        policy=policy(max_attempts=2),
+        copies=1,
+        deliveries=4,
+        behaviours=("raise", "raise before its effect", "raise"),
         faults=_CRASHES | _NETWORK,
     ),
     Scenario(
@@ -111,5 +128,14 @@ AT_RANDOM: tuple[Scenario, ...] = (
     _many_faults("duplicates wait", policy(on_in_progress="wait", wait_timeout=1.0)),
     _many_faults("few crashes", policy(max_crashes=1)),
     _many_faults("final failures", policy(record_failures=(HandlerFailedError,)), "raise"),
+    Scenario(
+        name="many late commands",
+        policy=policy(),
+        copies=3,
+        deliveries=5,
+        faults=_each(_LATE, 2) | _each(["command late", "third of a lease over"], 4),
+        most_faults=8,
+        behaviours=("return", "raise"),
+    ),
 )
-"""Too large to go through: three copies, five deliveries, six faults."""
+"""Too large to go through: three copies, five deliveries, six faults or eight."""

@@ -89,7 +89,7 @@ def explore(scenario: Scenario, *, seconds: float = 60.0, states: int | None = N
             if time.monotonic() - began > seconds or (states is not None and explored.states >= states):
                 break
             try:
-                _follow(explored, waiting, waiting.pop(), clock)
+                _go_through(explored, waiting, waiting.pop(), clock)
             except _FoundError as found:
                 explored.find = shorten(scenario, found.path, found.violation, clock)
                 break
@@ -196,7 +196,7 @@ class _FoundError(Exception):
         self.violation = violation
 
 
-def _follow(
+def _go_through(
     explored: Explored, waiting: list[tuple[Action, ...]], path: tuple[Action, ...], clock: ManualClock
 ) -> None:
     """Go along a path and on from its end, always by the first action; leave the others for later."""
@@ -241,7 +241,7 @@ def _draw(explored: Explored, chance: random.Random, clock: ManualClock) -> None
             actions = world.actions()
             faults = [action for action in actions if action.what in explored.scenario.faults]
             others = [action for action in actions if action.what not in explored.scenario.faults]
-            if world.is_quiet and (not faults or chance.random() > _SHARE_OF_FAULTS):
+            if world.is_quiet and (not actions or chance.random() > _SHARE_OF_FAULTS):
                 explored.endings += 1
                 world.settle()
                 return

@@ -24,10 +24,12 @@ from idem_tasks.stores.memory import MemoryStore
 from idem_tasks.stores.memory_marker import MemoryMarker
 from idem_tasks.task import perform
 from idem_tasks.testing.clock import ManualClock
+from idem_tasks.testing.explorer.late import LateCommand
 from idem_tasks.testing.explorer.laws import ENDED, WAITING, Law, Laws, Violation
 from idem_tasks.testing.explorer.processes import ACTORS_STEPS, Actor, KilledError, SoftLimitError, Worker
 from idem_tasks.testing.explorer.scenario import (
     LEASE,
+    LONGEST_WAIT,
     RETENTION,
     T0,
     Behaviour,
@@ -36,11 +38,11 @@ from idem_tasks.testing.explorer.scenario import (
     RetryError,
     Scenario,
 )
-from idem_tasks.testing.explorer.words import record_summary, summary_of, words
+from idem_tasks.testing.explorer.words import record_summary, summary_of, words, words_of
 from idem_tasks.testing.stepped import Step
 
 SCOPE, KEY, FINGERPRINT = "shop.charge", "A-1", "f" * 64
-_AT_A_COMMAND: tuple[Fault, ...] = ("command lost",)
+_AT_A_COMMAND: tuple[Fault, ...] = ("command lost", "command late")
 _AT_A_REPLY: tuple[Fault, ...] = ("reply lost", "sent again")
 _AT_ANY_STEP: tuple[Fault, ...] = ("soft limit", "shutdown")
 _OF_THE_WORLD: tuple[Fault, ...] = (
@@ -60,7 +62,7 @@ _TIME_PASSES: tuple[Fault, ...] = ("third of a lease over", "lease over", "reten
 
 
 class Action(NamedTuple):
-    """What the world is told to do next; `who` is the actor or worker that it is done to."""
+    """What the world is told to do next; `who` is the actor, worker or late command that it is done to."""
 
     what: str
     who: str = ""
@@ -91,6 +93,9 @@ class World:
         self._people = 0
         self._decided: dict[str, int] = {}
         self._going = ""
+        self._sent_at = 0.0
+        self._lease_lived = False
+        self._on_their_way: dict[str, LateCommand] = {}
         self._unfinished: list[Fault] = []
 
     # What can happen now
@@ -111,6 +116,7 @@ class World:
         if self.ready and self.begun < self.scenario.deliveries:
             goes.append(Action("deliver"))
         goes += [Action("beat", worker.name) for worker in self.workers.values() if self._may_beat(worker)]
+        goes += [Action("arrives", name) for name in self._on_their_way]
         goes += [Action(f"{server} up") for server in sorted(self.down)]
         return goes + (list(self._faults()) if self.faults_left else [])
 
@@ -210,6 +216,8 @@ class World:
             case "SQL up" | "Redis up":
                 self.down.discard(what.split()[0])
                 self.log.append(f"{what.split()[0]} can be reached again")
+            case "arrives":
+                self._arrive(self._on_their_way.pop(who))
             case "killed":
                 self._kill(who)
             case _ if who:
@@ -239,6 +247,13 @@ class World:
             case "command lost":
                 self.log.append(f"{actor.name}: {words(step)} - the command is LOST")
                 actor.resume(self, StoreUnavailableError("the command was lost"))
+            case "command late":
+                self.log.append(f"{actor.name}: {words(step)} - the command is LATE")
+                name = f"{actor.name}'s {step.verb}"
+                while name in self._on_their_way:
+                    name += " too"
+                self._on_their_way[name] = LateCommand(name, actor.name, actor.sent_at, step)
+                actor.resume(self, StoreUnavailableError("the command is late"))
             case "reply lost" | "sent again" if step.when == "before":
                 what = "the reply is LOST" if fault == "reply lost" else "the client SENDS AGAIN"
                 self.log.append(f"{actor.name}: {words(step)} - {what}")
@@ -283,6 +298,17 @@ class World:
                 name = f"person {self._people}"
                 self._begin(name, self._worker(name), self._person(fault, name))
 
+    def _arrive(self, late: LateCommand) -> None:
+        """Let a late command take effect, whatever became of its sender; nobody hears its answer."""
+        step = late.step
+        self.going_on(late.sender, late.sent_at, lease_lived=False)  # whoever gave it up has tried again meanwhile
+        command = getattr({"record": self.watched_record, "marker": self.watched_marker}[step.tier], step.verb)
+        try:
+            answer = words_of(run_sync(command(*step.args, **step.kwargs)))
+        except ConflictError as refused:
+            answer = type(refused).__name__
+        self.log.append(f"{late.name} ARRIVES late -> {answer}")
+
     def _kill(self, who: str) -> None:
         worker = self.workers[who]
         self.log.append(f"{worker.name} is KILLED")
@@ -311,6 +337,7 @@ class World:
         name = f"delivery {number}"
         self.log.append(f"{name} begins")
         worker = self._worker(f"worker {number}")
+        worker.delivery = name
         actor = self.actors[name] = Actor(name, worker, self._delivery(name, worker))
         actor.first_epoch = self.laws.first_open_epoch
         actor.holds_message = True
@@ -323,11 +350,15 @@ class World:
         request = ClaimRequest(SCOPE, KEY, FINGERPRINT, name, self.scenario.policy)
         call = Call(request, worker.services, lambda: str)
         try:
+            ended_by: BaseException | None = None
             try:
                 outcome = await perform(call, self._handler(name, worker), (), {})
+            except BaseException as error:
+                ended_by = error
+                raise
             finally:
                 if not worker.dead:
-                    self._call_is_over(actor)
+                    self._call_is_over(actor, ended_by)
         except PUT_BACK as error:
             await worker.reach(Step("broker", f"{type(error).__name__}: publish the message again", "before"))
             self.ready += 1
@@ -359,8 +390,16 @@ class World:
         await worker.reach(Step("broker", "acknowledge", "before"))
         actor.holds_message = False
 
-    def _call_is_over(self, actor: Actor) -> None:
-        """Let the laws see what a call leaves behind."""
+    def _call_is_over(self, actor: Actor, ended_by: BaseException | None) -> None:
+        """Let the laws see how a call ended, and what it leaves behind."""
+        # A handler that a soft limit ended may hear that somebody else's outcome is recorded.
+        may_end_by: tuple[type[BaseException], ...] = (SystemExit, SoftLimitError, *PUT_BACK)
+        heard_another = ended_by is None and actor.superseded
+        match actor.struck:
+            case SystemExit() if not isinstance(ended_by, SystemExit):
+                self.laws.interrupted(actor.name, "a shutdown", repr(ended_by))
+            case SoftLimitError() if not isinstance(ended_by, may_end_by) and not heard_another:
+                self.laws.interrupted(actor.name, "a soft limit", repr(ended_by))
         name, held, marker = actor.name, actor.worker.heartbeat, self._marker_now()
         # A renewal that was under way may put its marker back when the call has taken it away already.
         renewed = marker == ("running", name) and actor.worker.has_beaten
@@ -381,12 +420,13 @@ class World:
 
     def _handler(self, name: str, worker: Worker) -> Callable[[], Coroutine[Any, Any, str]]:
         async def handler() -> str:
-            self.laws.handler_began(name, current_claim().fencing_token)
+            claim = self.actors[name].claim = current_claim()
+            self.laws.handler_began(name, claim.fencing_token, taken_over=claim.taken_over)
             behaviours, run = self.scenario.behaviours, self.runs
             self.runs += 1
             behaviour: Behaviour = behaviours[run] if run < len(behaviours) else "return"
             if behaviour == "raise before its effect":
-                raise HandlerFailedError(f"failure of {name}")
+                raise self._failure(name)
             if behaviour == "retry":
                 await worker.reach(Step("handler", "publishes the message again", "before"))
                 self.ready += 1
@@ -394,13 +434,18 @@ class World:
             await worker.reach(Step("handler", "its effect", "before"))
             self.laws.effect(name)
             if behaviour == "raise":
-                raise HandlerFailedError(f"failure of {name}")
+                raise self._failure(name)
             await worker.reach(Step("handler", "returns", "before"))
             self.laws.handler_returned(name)
-            self.actors[name].returned_at = self.clock()
+            self.actors[name].ran_until = self.clock()
             return f"outcome of {name}"
 
         return handler
+
+    def _failure(self, name: str) -> HandlerFailedError:
+        self.laws.handler_failed(name)
+        self.actors[name].ran_until = self.clock()
+        return HandlerFailedError(f"failure of {name}")
 
     # A person
 
@@ -446,12 +491,17 @@ class World:
         if verb == "renew":
             self.laws.renewed(answer, before)
         if verb in ("finish", "write_through"):
-            self.laws.finish_came(verb, owner, before, after, sent_at=self.actor_at_hand.sent_at)
+            lived = verb == "finish" and self._lease_lived
+            self.laws.finish_came(verb, owner, before, after, sent_at=self._sent_at, lease_lived=lived)
+        if verb in ("claim", "finish", "release"):
+            self.laws.told(owner, after, self.clock())
         if before != after:
             kept_alive = before is not None and self.scenario.beats_in_time and self._was_running(before)
             self.laws.record_changed(verb, owner, before, after, now=self.clock(), kept_alive=kept_alive)
             if self.laws.epoch > epoch:
                 self._decided.setdefault(self._going, epoch)
+        if verb == "forget":  # also what is gone already: the marker may have outlived it
+            self._decided[self._going] = self.laws.epoch - 1
         return answer
 
     def _was_running(self, record: Record) -> bool:
@@ -459,22 +509,24 @@ class World:
         actor = self.actors.get(record.owner)
         if actor is None or actor.step is None:
             return False
-        return actor.step.tier == "handler" or actor.returned_at >= record.lease_expires_at.timestamp()
+        return actor.step.tier == "handler" or actor.ran_until >= record.lease_expires_at.timestamp()
 
     async def _marker_command(self, verb: str, effect: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before = self._marker_now()
         answer = await effect(*args, **kwargs)
         after = self._marker_now()
         match verb:
-            case "take" | "keep":
+            case "take" | "keep" | "publish":
                 owner = args[0].owner
-            case "give_back" | "publish":
+            case "give_back":
                 owner = args[2]
             case "renew_markers":
                 owner = next((lease.owner for lease in args[0] if after and lease.owner == after[1]), "")
             case _:
                 owner = ""
         self.laws.marker_changed(verb, owner, before, after)
+        if verb == "publish" and after != before and after is not None:
+            self.laws.published(owner, self.marker._markers[SCOPE, KEY].expires_at - self.clock())  # noqa: SLF001
         return answer
 
     def _marker_now(self) -> tuple[str, str] | None:
@@ -485,9 +537,9 @@ class World:
         lease = getattr(standing, "lease", None)
         return kind, getattr(standing, "owner", "") if lease is None else lease.owner
 
-    def going_on(self, name: str) -> None:
-        """Note whose commands come next."""
-        self._going = name
+    def going_on(self, name: str, sent_at: float, *, lease_lived: bool) -> None:
+        """Note whose command comes next, when it was sent, and whether its sender's lease lived then."""
+        self._going, self._sent_at, self._lease_lived = name, sent_at, lease_lived
 
     def was_told(self, answer: Any) -> None:
         """Let two states differ in which whoever goes on now was told something else."""
@@ -496,7 +548,7 @@ class World:
 
     @property
     def actor_at_hand(self) -> Actor:
-        """Whose commands come next."""
+        """Whose command it is now."""
         return self.actors[self._going]
 
     # The end
@@ -533,12 +585,24 @@ class World:
                 self._run_down()
         else:
             raise Violation(Law.NOT_STUCK, f"{self.ready} copies are still put back after 12 leases")
+        self._bring_what_is_pending()
         record = self._last_seen
         if "record lost" in self.scenario.faults:
             return  # and with it an outcome that all were given
         if record is None or record.state not in (*ENDED, *WAITING):
             state = "is gone" if record is None else f"is {record.state.value}"
             raise Violation(Law.NO_MESSAGE_LOST, f"all copies were acknowledged, and the record {state}")
+
+    def _bring_what_is_pending(self) -> None:
+        living = [worker for worker in self.workers.values() if not worker.dead]
+        if any(worker.heartbeat.is_needed for worker in living):
+            self.clock.advance(LONGEST_WAIT)
+            self._run_down()
+        for worker in living:
+            if worker.delivery is not None:
+                self.laws.process_is_left(worker.delivery)
+        if self.laws.violation is not None:
+            raise self.laws.violation
 
     def _run_down(self) -> None:
         for _ in range(ACTORS_STEPS):
@@ -572,9 +636,10 @@ class World:
                 None if self._last_seen is None else record_summary(self._last_seen),
                 standing,
                 tuple(actor.summary() for _, actor in sorted(self.actors.items())),
-                tuple((w.name, w.dead, w.heartbeat.summary()) for w in self.workers.values()),
+                tuple((w.name, w.dead, w.has_beaten, w.heartbeat.summary()) for w in self.workers.values()),
                 (self.ready, self.begun, self.runs, frozenset(self.down), self.clock(), self._people),
                 (tuple(self._unfinished), frozenset(self._decided.items())),
+                frozenset(late.summary() for late in self._on_their_way.values()),
                 (self.faults_left, frozenset(self.left.items())),
                 self.laws.summary(),
             )

@@ -7,18 +7,34 @@ import json
 import os
 import signal
 import time
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
-from celery import Celery, current_task, shared_task
+from celery import Celery, current_task, shared_task, signature
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from ledger import Ledger  # type: ignore[import-not-found] # beside this file, for the worker
 from limited_queue import limited_queue  # type: ignore[import-not-found]
 from pydantic import BaseModel
 
-from idem_tasks import Event, EventName, StoreUnavailableError, configure, current_claim, idempotent_task, log_event
+from idem_tasks import (
+    RERUN,
+    DeadClaim,
+    Event,
+    EventName,
+    OutboxMessage,
+    Outcome,
+    StoreUnavailableError,
+    configure,
+    current_claim,
+    idempotent_task,
+    log_event,
+    outbox,
+)
+from idem_tasks.integrations.celery_outbox import CelerySender, relay_task
 
 ledger = Ledger(os.environ["SHOP_LEDGER"])
 LATE: Any = {"acks_late": True, "reject_on_worker_lost": True}
@@ -32,7 +48,21 @@ def note_event(event: Event) -> None:
         ledger.note("seen", event.key, **facts(current_task.request))
 
 
-configure(**json.loads(os.environ["SHOP_STORE"]), observers=[log_event, note_event])
+class DyingSender(CelerySender):
+    """Kills its process before it sends, or after, where the test says so, the first time."""
+
+    def __call__(self, message: OutboxMessage) -> None:
+        if ledger.count("dies before send", message.key) and not ledger.count("died", message.key):
+            ledger.note("died", message.key)
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__call__(message)
+        if ledger.count("dies after send", message.key) and not ledger.count("died", message.key):
+            ledger.note("died", message.key)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+outbox._LEASE = 2.0  # seconds; so that a test need not wait for a minute after a sender that died
+configure(**json.loads(os.environ["SHOP_STORE"]), observers=[log_event, note_event], senders={"celery": DyingSender()})
 app = Celery("shop")
 app.conf.update(json.loads(os.environ["SHOP_CONFIG"]))
 if limit := os.environ.get("SHOP_DELIVERY_LIMIT"):
@@ -66,6 +96,24 @@ def charge(self: Any, order: str, amount: int = 1, *, hold: bool = False) -> str
         held_until_told(order)
     ledger.note("effect", order, amount=amount)
     return f"charged {order} {amount}"
+
+
+@app.task(name="shop.order", **LATE)
+@idempotent_task(key="{order}", fingerprint=None)
+def order(order: str, *, canvas: Any = None, dies: bool = False, number: int = 1) -> list[str]:
+    """Publish charges of this order, or a canvas; `dies`: before its outcome is recorded, the first time."""
+    claim = current_claim()
+    ledger.note("ordering", order, attempt=claim.attempt)
+    if canvas is not None:
+        published = [claim.publish(signature(canvas))]
+    else:
+        published = [claim.publish(charge, f"{order}-{n}", n) for n in range(number)]
+    if dies and claim.attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return published
+
+
+relay_task(app)
 
 
 @shared_task(name="shop.shared", **LATE)
@@ -253,6 +301,39 @@ def dies_in_doubt(order: str) -> None:
     """Charge and die before anybody is told; nobody may charge again."""
     ledger.note("effect", order)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_provider(path: str, body: bytes | None = None) -> str | None:
+    """Ask the provider over HTTP; None for what it does not know."""
+    try:
+        with urllib.request.urlopen(f"{os.environ['SHOP_PROVIDER']}{path}", body, timeout=1) as reply:
+            return str(reply.read().decode())
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return None
+        raise
+
+
+def ask_the_provider(claim: DeadClaim) -> Any:
+    ledger.note("asked", claim.key)
+    if "dies asking" in claim.key:
+        os.kill(os.getpid(), signal.SIGKILL)
+    receipt = at_provider(f"/{claim.provider_key('charge')}")
+    return RERUN if receipt is None else Outcome(receipt)
+
+
+@app.task(name="shop.asks", **LATE)
+@idempotent_task(key="{order}", on_crash=ask_the_provider)
+def asks(order: str, dies: str) -> str | None:
+    """Charge at the provider, and die before or after that, the first time."""
+    claim = current_claim()
+    ledger.note("started", order)
+    if dies == "before" and claim.attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    receipt = at_provider(f"/{claim.provider_key('charge')}", b"charge")
+    if dies == "after" and claim.attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return receipt
 
 
 @app.task(name="shop.kills", **LATE)

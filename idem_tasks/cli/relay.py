@@ -1,0 +1,96 @@
+"""`idem-tasks relay`: sends what handlers published and nobody has sent yet."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from idem_tasks.cli import terminal
+from idem_tasks.config import default_idempotency
+from idem_tasks.errors import ConfigurationError, StoreError
+from idem_tasks.idempotency import Idempotency
+
+
+def relay(
+    *,
+    app: Annotated[
+        str,
+        typer.Option(
+            envvar="IDEM_TASKS_APP",
+            show_envvar=True,
+            metavar="MODULE[:APP]",
+            help="The module that calls configure; APP is its Celery app or its Idempotency.",
+        ),
+    ],
+    batch: Annotated[
+        int, typer.Option(envvar="IDEM_TASKS_BATCH", help="How many messages to send before it looks again.", min=1)
+    ] = 100,
+    poll: Annotated[
+        float, typer.Option(envvar="IDEM_TASKS_POLL", help="Seconds to wait when there is nothing to send.", min=0.01)
+    ] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Send what can be sent, then end.")] = False,
+) -> None:
+    """Send messages that handlers published and that a crash or an outage of the broker left behind.
+
+    Any number may run at once; of each key the messages are sent in order. TERM and Ctrl-C end it after the message
+    that is being sent. With --once it exits with 1 if messages are left.
+    """
+    idempotency = _load(app)
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: ending.set())
+    with idempotency:
+        if once:
+            left = _send_all(idempotency, batch, ending)
+            if left:
+                terminal.talk().print(f"{left} messages are left.")
+                raise typer.Exit(1)
+        else:
+            _send_for_ever(idempotency, batch, poll, ending)
+
+
+def _send_all(idempotency: Idempotency, batch: int, ending: threading.Event) -> int:
+    while True:
+        report = idempotency.relay(batch, should_stop=ending.is_set)
+        if ending.is_set() or not report.sent:
+            return report.left
+
+
+def _send_for_ever(idempotency: Idempotency, batch: int, poll: float, ending: threading.Event) -> None:
+    talk = terminal.talk()
+    talk.print("Relaying; TERM or Ctrl-C ends it.")
+    while not ending.is_set():
+        try:
+            more = idempotency.relay(batch, should_stop=ending.is_set).sent >= batch
+        except ConfigurationError:
+            raise
+        except StoreError as error:
+            more = False
+            talk.print(f"{error}; trying again.", soft_wrap=True)
+        if not more:
+            ending.wait(poll)
+
+
+def _load(place: str) -> Idempotency:
+    """Import what `--app` names, and return its `Idempotency`; raises `ConfigurationError`."""
+    name, _, attribute = place.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(name)
+        for part in attribute.split(".") if attribute else ():
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"--app {place}: {error}") from error
+    if isinstance(found, Idempotency):
+        return found
+    if "celery" in sys.modules:
+        from idem_tasks.integrations.celery_outbox import use_app
+
+        use_app(found)
+    return default_idempotency()

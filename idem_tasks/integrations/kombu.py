@@ -1,0 +1,99 @@
+"""Sends messages of the outbox through kombu, to an exchange or a queue of any broker that it knows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from kombu import Connection, Producer, Queue
+
+from idem_tasks.claims import OutboxMessage
+from idem_tasks.errors import ConfigurationError
+
+_CONFIRM_TIMEOUT = 10.0
+"""Seconds to wait for the broker's confirmation."""
+
+_CONNECT_TIMEOUT = 5.0
+"""Seconds in which a broker that is there accepts a connection."""
+
+_OPTIONS = frozenset({"exchange", "routing_key", "queue", "mandatory", "priority", "expiration"})
+
+
+class KombuSender:
+    """Publishes messages to the broker at `url`; one for `senders={"shop": KombuSender("amqp://...")}`.
+
+    The body is JSON, `message_id` and `correlation_id` are the message's id, and the headers are its headers with
+    `scope` and `key`. Options of `publish_message`, each with a default given here: `exchange` and `routing_key`;
+    or `queue`, which is made if it is not there; `priority`; `expiration` (seconds); `mandatory`. With RabbitMQ each
+    message waits for its confirmation, and one that no queue takes is an error, unless `mandatory` is False.
+
+    One connection for each process, made when it is first used, and again after an error.
+    """
+
+    def __init__(self, url: str, **defaults: Any) -> None:
+        self._url = url
+        self._defaults = defaults
+        self.check({})
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._producer: Producer | None = None
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise `ConfigurationError` for options that it does not know."""
+        options = {**self._defaults, **options}
+        unknown = sorted(set(options) - _OPTIONS)
+        if unknown:
+            raise ConfigurationError(f"unknown options: {', '.join(unknown)}; known: {', '.join(sorted(_OPTIONS))}")
+        if "queue" in options and "exchange" in options:
+            raise ConfigurationError("a message goes either to a queue or to an exchange")
+
+    def __call__(self, message: OutboxMessage) -> None:
+        """Return once the broker has the message; raise what kombu raises."""
+        options = {**self._defaults, **message.options}
+        queue, mandatory = options.pop("queue", None), options.pop("mandatory", True)
+        if queue is not None:
+            options |= {"exchange": "", "routing_key": queue, "declare": [Queue(queue, exchange="", routing_key=queue)]}
+        with self._lock:
+            producer = self._connected()
+            try:
+                producer.publish(
+                    message.json,
+                    content_type="application/json",
+                    content_encoding="utf-8",
+                    headers={**message.headers, "scope": message.scope, "key": message.key},
+                    message_id=message.id,
+                    correlation_id=message.id,
+                    delivery_mode="persistent",
+                    **self._of_transport(producer, mandatory),
+                    **options,
+                )
+            except BaseException:
+                self._disconnect()
+                raise
+
+    def _of_transport(self, producer: Producer, mandatory: bool) -> dict[str, Any]:
+        if producer.connection.transport.driver_type != "amqp":
+            return {}  # its reply to the command is the confirmation
+        return {"confirm_timeout": _CONFIRM_TIMEOUT, "mandatory": mandatory}
+
+    def _connected(self) -> Producer:
+        if self._producer is None or self._pid != os.getpid():  # in a forked child it is the parent's
+            connection = Connection(
+                self._url, connect_timeout=_CONNECT_TIMEOUT, transport_options={"confirm_publish": True}
+            )
+            self._producer, self._pid = Producer(connection), os.getpid()
+        return self._producer
+
+    def _disconnect(self) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            with contextlib.suppress(Exception):
+                producer.connection.close()
+
+    def close(self) -> None:
+        """Close the connection of this process; a further message opens a new one."""
+        with self._lock:
+            self._disconnect()

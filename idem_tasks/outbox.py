@@ -1,0 +1,274 @@
+"""The outbox: what a handler publishes is kept with its outcome, in one transaction, and sent once that is recorded.
+
+At least once, and always with the same id. The process that recorded the outcome sends at once; what a crash or a
+broker's outage left behind, a relay sends. Of each key a message is sent after all earlier ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from idem_tasks.claims import Lease, OutboxMessage, new_owner
+from idem_tasks.errors import ConfigurationError, MessageError
+from idem_tasks.events import Announcer, EventName
+from idem_tasks.runtime import Asyncio, Runtime, deadline_clock, interruption_in
+from idem_tasks.stores.base import FailedSend, Outbox, Store, outbox_of
+
+Sender = Callable[[OutboxMessage], None]
+"""Sends one message, or raises; called in the thread that relays (from asyncio in a thread of its own).
+
+It returns once the message is safe with its receiver or broker, and not before: then it is forgotten here. It may have
+a method `check(options)`, which raises for options that it does not understand, when the message is published.
+"""
+
+CELERY = "celery"
+"""The sender of `publish`, which needs not be registered."""
+
+_INTEGRATION = "idem_tasks.integrations.celery_outbox"
+
+_LEASE = 60.0
+"""Seconds for which taken messages are nobody else's; no send is begun in their second half."""
+
+_BATCH = 100
+"""Messages that are taken at once."""
+
+_FIRST_DELAY = 1.0
+"""Seconds after which a failed message is tried again; doubled each time."""
+
+_LONGEST_DELAY = 60.0
+
+
+class Senders:
+    """The senders of one `Idempotency`, by name."""
+
+    def __init__(self, given: Mapping[str, Sender] | None = None) -> None:
+        self._given = dict(given or {})
+        for name, sender in self._given.items():
+            if inspect.iscoroutinefunction(sender):
+                raise ConfigurationError(
+                    f"the sender {name!r} must be a plain function, also for asyncio, where it runs in a thread"
+                )
+
+    def named(self, name: str) -> Sender:
+        """Return the sender of this name; raises `ConfigurationError` if there is none."""
+        if name in self._given:
+            return self._given[name]
+        if name == CELERY:
+            made: Sender = _celery().CelerySender()
+            return self._given.setdefault(name, made)
+        known = ", ".join(sorted(self._given)) or "none"
+        raise ConfigurationError(f"no sender is called {name!r}; known: {known}; give Idempotency(senders=...)")
+
+
+def _celery() -> Any:
+    return importlib.import_module(_INTEGRATION)
+
+
+def message_id(*parts: str | int) -> str:
+    """Return 32 hex digits that are the same for the same parts, and for no others."""
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:32]
+
+
+class OutgoingMessages:
+    """The messages of one claim: those that its handler has published so far."""
+
+    def __init__(self, lease: Lease, store: Store, senders: Senders) -> None:
+        self._lease = lease
+        self._store = store
+        self._senders = senders
+        self._messages: list[OutboxMessage] = []
+        self._is_closed = False
+        self._lock = threading.Lock()  # a handler may have threads
+
+    def add_task(self, task: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """Keep a Celery task or signature; returns the id of the task, group or chord."""
+        if "celery" not in sys.modules:
+            raise ConfigurationError(f"publish takes a Celery task or signature, not {type(task).__name__}")
+        celery = _celery()
+        with self._lock:
+            id_ = self._next_id()
+            frozen = celery.freeze(task, args, kwargs, id_)
+            self._add(id_, CELERY, celery.encode(frozen), {}, {})
+            result: str = celery.result_id(frozen)
+            return result
+
+    def add_message(self, body: Any, to: str, headers: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+        """Keep a message for the sender called `to`; returns its id."""
+        sender = self._senders.named(to)
+        check = getattr(sender, "check", None)
+        if check is not None:
+            check(options)
+        with self._lock:
+            id_ = self._next_id()
+            self._add(id_, to, body, headers, options)
+            return id_
+
+    def close(self) -> tuple[OutboxMessage, ...]:
+        """Refuse every further message, and return those there are."""
+        with self._lock:
+            self._is_closed = True
+            return tuple(self._messages)
+
+    def drop(self) -> None:
+        """Forget all messages, and take others again."""
+        with self._lock:
+            self._messages.clear()
+            self._is_closed = False
+
+    def _next_id(self) -> str:
+        if self._is_closed:
+            raise ConfigurationError("the handler has ended: what it publishes now would never be sent")
+        if self._lease.policy.active and outbox_of(self._store) is None:
+            raise ConfigurationError(
+                f"an outbox needs records in SQL, where messages and outcome are one transaction; "
+                f"a {type(self._store).__name__} has none: give a database_url, with or without Redis in front of it"
+            )
+        lease = self._lease
+        # A claim that no store granted has no token; its owner is as new at every run.
+        run: str | int = lease.fencing_token or lease.owner
+        return message_id(lease.scope, lease.key, run, len(self._messages))
+
+    def _add(self, id_: str, to: str, body: Any, headers: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        try:
+            content = _encode({"body": body, "headers": headers, "options": options})
+        except Exception as error:  # a class may raise anything
+            raise MessageError(f"message {len(self._messages)} cannot be written as JSON: {error}") from error
+        lease = self._lease
+        self._messages.append(
+            OutboxMessage(id_, lease.scope, lease.key, lease.fencing_token, len(self._messages), to, content)
+        )
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class RelayReport:
+    """What a relay did: how many messages were sent, how many could not be, and how many are in the outbox now."""
+
+    sent: int
+    failed: int
+    left: int
+
+
+class Relay:
+    """Takes messages out of a store's outbox, sends them, and deletes what was sent."""
+
+    def __init__(self, store: Store, senders: Senders, announce: Announcer, runtime: Runtime) -> None:
+        self._outbox = outbox_of(store)
+        self._store = store
+        self._senders = senders
+        self._announce = announce
+        self._in_threads = isinstance(runtime, Asyncio)
+
+    async def run(self, limit: int, should_stop: Callable[[], bool]) -> RelayReport:
+        """Send up to `limit` messages that are due; stop earlier where `should_stop` says so, between two messages.
+
+        Raises `StoreError`, and `ConfigurationError` where the store has no outbox.
+        """
+        if self._outbox is None:
+            raise ConfigurationError(f"a {type(self._store).__name__} has no outbox: it needs records in SQL")
+        if limit < 1:
+            raise ConfigurationError(f"limit={limit} must be 1 or more")
+        sent, failed = await self._send(self._outbox, limit, None, should_stop)
+        return RelayReport(sent, failed, await self._outbox.count())
+
+    async def send_now(self, messages: Sequence[OutboxMessage]) -> None:
+        """Send what was recorded just now, after all that its key has left; never raises for what fails.
+
+        That is announced, and left to a relay.
+        """
+        first, outbox = messages[0], self._outbox
+        assert outbox is not None  # or nothing would have been published
+        before = sys.exception()
+        try:
+            await self._send(outbox, max(len(messages), _BATCH), (first.scope, first.key), _never)
+        except Exception as error:
+            # Of the store or of an observer: the outcome is recorded, so the call has succeeded.
+            if interruption_in(error, before) is not None:
+                raise
+            self._failed(first, error)
+
+    async def send_unrecorded(self, messages: Sequence[OutboxMessage]) -> None:
+        """Send messages that no record holds, in order; raises what their sender raises."""
+        for message in messages:
+            await self._hand_over(message)
+            self._sent(message)
+
+    async def _send(
+        self, outbox: Outbox, limit: int, of: tuple[str, str] | None, should_stop: Callable[[], bool]
+    ) -> tuple[int, int]:
+        sent = failed = 0
+        while sent + failed < limit and not should_stop():
+            owner, begun = new_owner(), deadline_clock()
+            taken = await outbox.take(owner, lease=_LEASE, limit=min(limit - sent - failed, _BATCH), of=of)
+            if not taken:
+                break
+            done, refused = await self._send_batch(taken, begun + _LEASE / 2, should_stop)
+            settled = {message.id for message in done} | {each.message.id for each in refused}
+            rest = [message for message in taken if message.id not in settled]
+            await outbox.settle(owner, sent=done, failed=refused, rest=rest)
+            sent, failed = sent + len(done), failed + len(refused)
+        return sent, failed
+
+    async def _send_batch(
+        self, taken: Sequence[OutboxMessage], until: float, should_stop: Callable[[], bool]
+    ) -> tuple[list[OutboxMessage], list[FailedSend]]:
+        sent: list[OutboxMessage] = []
+        failed: list[FailedSend] = []
+        stopped: set[tuple[str, str]] = set()
+        for message in taken:
+            if should_stop() or deadline_clock() > until:
+                break
+            if (message.scope, message.key) in stopped:
+                continue  # an earlier one failed: this one waits for it
+            before = sys.exception()
+            try:
+                await self._hand_over(message)
+            except Exception as error:
+                # A sender may raise anything, and the others' messages are to be sent all the same.
+                if interruption_in(error, before) is not None:
+                    raise
+                self._failed(message, error)
+                delay = min(_FIRST_DELAY * 2.0 ** min(message.attempts, 20), _LONGEST_DELAY)
+                failed.append(FailedSend(message, delay, type(error).__name__))
+                stopped.add((message.scope, message.key))
+            else:
+                self._sent(message)
+                sent.append(message)
+        return sent, failed
+
+    async def _hand_over(self, message: OutboxMessage) -> None:
+        sender = self._senders.named(message.to)
+        if self._in_threads:
+            await asyncio.to_thread(sender, message)
+        else:
+            sender(message)
+
+    def _sent(self, message: OutboxMessage) -> None:
+        self._announce(EventName.OUTBOX_SENT, message.scope, message.key, id=message.id, to=message.to)
+
+    def _failed(self, message: OutboxMessage, error: Exception) -> None:
+        self._announce(
+            EventName.OUTBOX_FAILED,
+            message.scope,
+            message.key,
+            id=message.id,
+            to=message.to,
+            attempts=message.attempts + 1,
+            error=type(error).__name__,
+        )
+
+
+def _never() -> bool:
+    return False

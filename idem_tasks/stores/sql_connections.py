@@ -1,0 +1,123 @@
+"""A finish through a connection of the user's own, of a driver or of Django, within his own transaction."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from enum import Enum
+from functools import cache
+from typing import Any
+
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.dml import UpdateBase
+
+from idem_tasks.claims import EncodedOutcome, Lease
+from idem_tasks.errors import ConfigurationError
+from idem_tasks.stores.sql_claims import finishing
+from idem_tasks.stores.sql_relay import batches_of
+from idem_tasks.stores.sql_statements import Kind, statements_for
+
+_DRIVERS: dict[str, Kind] = {
+    "psycopg": "postgresql",
+    "psycopg2": "postgresql",
+    "pymysql": "mariadb",
+    "MySQLdb": "mariadb",
+    "sqlite3": "sqlite",
+}
+_VENDORS: dict[str, Kind] = {"postgresql": "postgresql", "mysql": "mariadb", "sqlite": "sqlite"}
+"""What Django calls them. The finish is the same on MySQL as on MariaDB."""
+
+_DIALECTS: dict[Kind, Callable[..., DefaultDialect]] = {
+    "postgresql": postgresql.psycopg.dialect,
+    "mariadb": mysql.pymysql.dialect,
+    "sqlite": sqlite.pysqlite.dialect,
+}
+_MYSQL_IN_TRANSACTION = 1
+"""SERVER_STATUS_IN_TRANS of the protocol."""
+
+
+def write_finish_in(connection: Any, schema: str | None, prefix: str, lease: Lease, outcome: EncodedOutcome) -> bool:
+    """Write the outcome and its messages within the connection's transaction; False if the fence missed.
+
+    Raises `ConfigurationError` for a connection that is of no known kind or in no transaction, and what it raises.
+    """
+    kind, is_django = _kind_of(connection)
+    if not _is_in_transaction(connection, kind, is_django):
+        raise ConfigurationError(
+            "finish_in was given a connection in autocommit, where the outcome would be committed apart from what else "
+            "is written: call it within a transaction, such as Django's atomic()"
+        )
+    style = "qmark" if kind == "sqlite" and not is_django else "format"
+    place = (kind, schema, prefix, style)
+    with contextlib.closing(connection.cursor()) as cursor:
+        _execute(cursor, _finish(*place), finishing(lease, outcome))
+        if cursor.rowcount != 1:
+            return False
+        for batch, values in batches_of(outcome.messages):
+            _execute(cursor, _insert(*place, len(batch)), values)
+        return True
+
+
+def _execute(cursor: Any, compiled: SQLCompiler, given: dict[str, Any]) -> None:
+    values = compiled.construct_params(given)
+    processors: Any = compiled._bind_processors  # noqa: SLF001 - what an execution by SQLAlchemy itself goes by
+    bound = [
+        _plain(processors[name](values[name]) if name in processors else values[name]) for name in _order(compiled)
+    ]
+    cursor.execute(str(compiled), bound)
+
+
+@cache
+def _finish(kind: Kind, schema: str | None, prefix: str, style: str) -> SQLCompiler:
+    return _compiled(statements_for(kind, schema, prefix).finish, kind, style)
+
+
+@cache
+def _insert(kind: Kind, schema: str | None, prefix: str, style: str, number: int) -> SQLCompiler:
+    return _compiled(statements_for(kind, schema, prefix).outbox.insert(number), kind, style)
+
+
+def _compiled(statement: UpdateBase, kind: Kind, style: str) -> SQLCompiler:
+    compiled = statement.compile(dialect=_DIALECTS[kind](paramstyle=style))
+    assert isinstance(compiled, SQLCompiler)
+    return compiled
+
+
+def _order(compiled: SQLCompiler) -> list[str]:
+    assert compiled.positiontup is not None
+    return compiled.positiontup
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _kind_of(connection: Any) -> tuple[Kind, bool]:
+    """Tell which database it is of, and whether it is Django's, whose cursors want %s on all of them."""
+    vendor = getattr(connection, "vendor", None)
+    if vendor in _VENDORS and hasattr(connection, "in_atomic_block"):
+        return _VENDORS[vendor], True
+    kinds = type(connection).__mro__ if hasattr(connection, "commit") else ()
+    for kind in kinds:
+        driver = kind.__module__.partition(".")[0]
+        if driver in _DRIVERS:
+            return _DRIVERS[driver], False
+    raise ConfigurationError(
+        f"finish_in takes a connection of psycopg, sqlite3, PyMySQL, mysqlclient or Django, not a "
+        f"{type(connection).__module__}.{type(connection).__qualname__}"
+    )
+
+
+def _is_in_transaction(connection: Any, kind: Kind, is_django: bool) -> bool:
+    """Tell whether what is written now is committed later; drivers that begin by themselves are."""
+    if is_django:
+        return bool(connection.in_atomic_block or not connection.get_autocommit())
+    if kind == "sqlite":
+        begins = connection.isolation_level is not None and getattr(connection, "autocommit", None) is not True
+        return bool(connection.in_transaction or begins)
+    if kind == "postgresql":
+        info = getattr(connection, "info", None)
+        return not connection.autocommit or (info is not None and info.transaction_status != 0)  # 0: IDLE
+    return not connection.get_autocommit() or bool(getattr(connection, "server_status", 0) & _MYSQL_IN_TRANSACTION)

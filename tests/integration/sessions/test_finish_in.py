@@ -1,0 +1,229 @@
+"""A finish within a transaction of the handler's own, on the connections of drivers."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pymysql
+import pytest
+from sqlalchemy import make_url
+
+from idem_tasks import RedisStore, SQLStore, TieredStore, current_claim
+from idem_tasks.claims import State
+from idem_tasks.errors import ConfigurationError, LeaseLostError
+from idem_tasks.testing import Driver
+from idem_tasks.testing.driver import PATIENCE
+from tests.integration.sessions.seller import SCOPE, SHORT, Seller
+
+Connect = Callable[[], Any]
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    with Driver("blocking") as driver:
+        yield driver
+
+
+@pytest.fixture
+def connect(url: str) -> Connect:
+    """A new connection of the driver itself, in no transaction yet."""
+    place = make_url(url)
+    if url.startswith("sqlite"):
+        return lambda: sqlite3.connect(place.database or "")
+    if url.startswith("postgres"):
+        return lambda: psycopg.connect(
+            host=place.host, port=place.port, user=place.username, password=place.password, dbname=place.database
+        )
+    return lambda: pymysql.connect(
+        host=place.host or "",
+        port=place.port or 3306,
+        user=place.username,
+        password=place.password or "",
+        database=place.database,
+    )
+
+
+def write(connection: Any, name: str) -> None:
+    mark = "?" if isinstance(connection, sqlite3.Connection) else "%s"
+    cursor = connection.cursor()
+    cursor.execute(f"INSERT INTO orders (name) VALUES ({mark})", (name,))
+    cursor.close()
+
+
+def test_rows_and_outcome_are_committed_together(seller: Seller, connect: Connect) -> None:
+    """With the handler's own commit; the value given there is the outcome of every delivery (F14)."""
+    seen: list[Any] = []
+
+    def handler(name: str) -> str:
+        with contextlib.closing(connect()) as connection:
+            write(connection, name)
+            current_claim().finish_in(connection, f"ordered {name}")
+            seen.append((seller.orders(), seller.state()))
+            connection.commit()
+        return "not this"
+
+    for _ in range(2):
+        assert seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1") == "ordered A-1"
+    assert seen == [(0, State.RUNNING)]
+    assert (seller.orders(), seller.state()) == (1, State.COMPLETED)
+
+
+def test_what_was_rolled_back_is_not_recorded(seller: Seller, connect: Connect) -> None:
+    """A handler that returns all the same fails, and says why; the next delivery runs (F14)."""
+
+    def handler(name: str) -> None:
+        with contextlib.closing(connect()) as connection:
+            write(connection, name)
+            current_claim().finish_in(connection)
+            connection.rollback()
+
+    with pytest.raises(ConfigurationError, match="was rolled back"):
+        seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1")
+    assert (seller.orders(), seller.state()) == (0, State.RELEASED)
+
+
+@pytest.mark.parametrize("wins", ["finished", "running"])
+def test_a_zombie_is_told_before_its_commit(seller: Seller, connect: Connect, wins: str) -> None:
+    """Taken over while it ran, it hears LeaseLostError, which rolls its transaction back (F1)."""
+
+    def handler(name: str) -> None:
+        seller.stop_renewing()
+        lease = seller.take_over()
+        if wins == "finished":
+            seller.finish_elsewhere(lease)
+        with contextlib.closing(connect()) as connection:
+            write(connection, name)
+            current_claim().finish_in(connection, name)
+            connection.commit()
+
+    def deliver() -> Any:
+        return seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1", policy=seller.idem.policy.replace(lease=SHORT))
+
+    if wins == "finished":
+        assert deliver() == "the other one"
+    else:
+        with pytest.raises(LeaseLostError):
+            deliver()
+    assert seller.orders("A-1") == 0
+
+
+def test_a_connection_in_autocommit_is_refused(seller: Seller, connect: Connect) -> None:
+    """There the outcome would be committed apart from the rows; within a transaction begun by hand it is not."""
+    begun: list[bool] = []
+
+    def handler(name: str) -> None:
+        with contextlib.closing(connect()) as connection:
+            if isinstance(connection, sqlite3.Connection):
+                connection.isolation_level = None
+            elif isinstance(connection, psycopg.Connection):
+                connection.autocommit = True
+            else:
+                connection.autocommit(True)
+            with pytest.raises(ConfigurationError, match="in autocommit"):
+                current_claim().finish_in(connection, name)
+            connection.cursor().execute("BEGIN")
+            current_claim().finish_in(connection, name)
+            begun.append(True)
+            connection.cursor().execute("COMMIT")
+
+    assert seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1") == "A-1"
+    assert begun == [True]
+
+
+@pytest.mark.parametrize("url", ["sqlite_url"], indirect=True)
+def test_no_other_object_is_taken_for_a_connection(seller: Seller) -> None:
+    """A cursor, say: it is refused, and its handler fails."""
+
+    def handler() -> None:
+        current_claim().finish_in(sqlite3.connect(":memory:").cursor())
+
+    with pytest.raises(ConfigurationError, match=r"not a sqlite3\.Cursor"):
+        seller.idem.run(handler, scope=SCOPE, key="A-1")
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_in_a_block(seller: Seller, connect: Connect, commits: bool) -> None:
+    """`with idem.claim(...)` has the value that was committed as its outcome, or is released."""
+    caught = contextlib.nullcontext() if commits else pytest.raises(ConfigurationError, match="was rolled back")
+    with caught, seller.idem.claim(scope=SCOPE, key="A-1") as block, contextlib.closing(connect()) as connection:
+        write(connection, "A-1")
+        block.claim.finish_in(connection, "ordered")
+        if commits:
+            connection.commit()
+        else:
+            connection.rollback()
+    assert (seller.orders(), seller.state()) == ((1, State.COMPLETED) if commits else (0, State.RELEASED))
+    if commits:
+        assert block.outcome == "ordered"
+
+
+@pytest.mark.parametrize("url", ["postgres_url"], indirect=True)
+def test_the_marker_follows(seller: Seller, connect: Connect, redis_url: str) -> None:
+    """With Redis in front, duplicates are answered by the marker."""
+    store = TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(seller.url))
+
+    def handler(name: str) -> None:
+        with contextlib.closing(connect()) as connection:
+            current_claim().finish_in(connection, name)
+            connection.commit()
+
+    with Driver("blocking") as driver, Seller(driver, seller.url, store) as tiered:
+        assert tiered.idem.run(handler, "A-1", scope=SCOPE, key="A-1") == "A-1"
+        with tiered.engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE idem_tasks_records SET outcome = '\"not read\"'")
+        assert tiered.idem.run(handler, "A-1", scope=SCOPE, key="A-1") == "A-1"
+
+
+def test_a_step_neither_ends_the_handler_nor_comes_after_its_end(seller: Seller, connect: Connect) -> None:
+    """A step's outcome is written under the running claim, which `finish_in` ends (F15)."""
+
+    def in_a_step(name: str) -> None:
+        def step() -> None:
+            with contextlib.closing(connect()) as connection:
+                write(connection, name)
+                current_claim().finish_in(connection)
+
+        current_claim().step("one", step)
+
+    def after_it(name: str) -> None:
+        with contextlib.closing(connect()) as connection:
+            write(connection, name)
+            current_claim().finish_in(connection)
+            current_claim().step("one", str)
+
+    for key, handler in (("A-1", in_a_step), ("A-2", after_it)):
+        with pytest.raises(ConfigurationError, match="step 'one'"):
+            seller.idem.run(handler, key, scope=SCOPE, key=key)
+        assert seller.state(key) is State.RELEASED
+    assert seller.orders() == 0
+
+
+def test_messages_are_committed_with_the_rows(seller: Seller, connect: Connect) -> None:
+    """In the handler's own transaction, and sent after its commit; what was rolled back sends nothing."""
+    seen: list[int] = []
+
+    def handler(name: str) -> None:
+        with contextlib.closing(connect()) as connection:
+            claim = current_claim()
+            claim.publish_message({"order": name}, to="mail")
+            claim.publish_message({"gift for": name}, to="mail")
+            write(connection, name)
+            claim.finish_in(connection)
+            with pytest.raises(ConfigurationError, match="has ended"):
+                claim.publish_message("too late", to="mail")
+            if name == "A-2":
+                connection.rollback()
+            else:
+                connection.commit()
+            seen.append(len(seller.mails))
+
+    seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1")
+    with pytest.raises(ConfigurationError, match="rolled back"):
+        seller.idem.run(handler, "A-2", scope=SCOPE, key="A-2")
+    assert seen == [0, 2]
+    assert [message.body for message in seller.mails] == [{"order": "A-1"}, {"gift for": "A-1"}]
+    assert seller.idem.relay().left == 0
