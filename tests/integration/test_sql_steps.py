@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy import NullPool, create_engine, inspect, text
 
 from idem_tasks.claims import Lost, Recorded, StepBegun, StepFinished
 from idem_tasks.errors import StoreConfigurationError, StoreUnavailableError
@@ -111,10 +111,11 @@ def wait_for_a_lock(url: str) -> None:
 
 
 def without_steps(url: str) -> None:
-    """Bring the database back to what an older version made."""
+    """Bring the database back to what the oldest version made."""
     with create_engine(url, poolclass=NullPool).begin() as connection:
-        for later in ("steps", "audit"):
-            connection.execute(text(f"DROP TABLE idem_tasks_{later}"))
+        for table in inspect(connection).get_table_names():
+            if table not in ("idem_tasks_records", "idem_tasks_schema"):
+                connection.execute(text(f"DROP TABLE {table}"))
         connection.execute(text("UPDATE idem_tasks_schema SET version_num = '0001'"))
 
 
