@@ -7,6 +7,7 @@ and `UNIX_TIMESTAMP()` free of the session's time zone. SQLite counts millisecon
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from sqlalchemy import (
@@ -181,9 +182,15 @@ def _(_element: _Element, compiler: SQLCompiler, **options: Any) -> str:
 @compiles(clock_microseconds, "sqlite")
 def _(_element: _Element, compiler: SQLCompiler, **options: Any) -> str:
     days = func.julianday(_SQLITE_NOW) - _SQLITE_EPOCH
-    # SQLite's own clock counts milliseconds; a Julian day as a float is a little off, so they are rounded first.
+    # A Julian day as a float is a little off, so its milliseconds are rounded. They are too few for two claims of a key
+    # that was forgotten in between; this process's clock, which is the same one, tells them apart.
     milliseconds = cast(func.round(days * literal_column("86400000.0")), BigInteger)
-    return _compiled(compiler, milliseconds * literal_column("1000"), **options)
+    microseconds = bindparam("clock_microseconds", callable_=_wall_clock, type_=BigInteger())
+    return _compiled(compiler, func.max(milliseconds * literal_column("1000"), microseconds), **options)
+
+
+def _wall_clock() -> int:
+    return time.time_ns() // 1000
 
 
 @compiles(later_of)

@@ -834,6 +834,16 @@ class StoreContract(StoreSuite):
         tokens.append(use.granted().fencing_token)
         assert tokens == sorted(set(tokens))
 
+    def test_the_token_rises_over_forgets_in_quick_succession(self, use: StoreInUse) -> None:
+        """A key that is forgotten and claimed again within a millisecond has a higher fencing token (F10)."""
+        tokens = []
+        for _ in range(20):
+            lease = use.granted()
+            tokens.append(lease.fencing_token)
+            use.release(lease)
+            use.forget()
+        assert tokens == sorted(set(tokens))
+
     def test_the_token_rises_over_purge(self, use: StoreInUse) -> None:
         """A row that was purged does not take its fencing token with it (F10)."""
         first = self.ended(use)
