@@ -10,15 +10,13 @@ Read `perform` first; the steps it calls stand below it in the order in which th
     5  publish  / and from then on the marker answers with it
     6  ack      is the caller's, once this returned
 
-With `session=` steps 3 and 4 are one transaction of the user's session (`run_in_session`).
+With `session=` steps 3 and 4 are one transaction of the user's session: session_run.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import random
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,56 +39,30 @@ from idem_tasks.claims import (
     Recorded,
     Release,
     Released,
-    State,
     enter,
     leave,
 )
+from idem_tasks.endings import give_back, keep_all, lease_lost, never_began, tell
 from idem_tasks.errors import (
     PUT_BACK,
     ConfigurationError,
     IdemTasksError,
     InDoubtError,
     InProgressError,
-    LeaseLostError,
     ParkedError,
     StoreError,
     StoreUnavailableError,
 )
 from idem_tasks.events import EventName
 from idem_tasks.outbox import OutgoingMessages
-from idem_tasks.replay import (
-    DOUBTFUL_SIZE,
-    keep,
-    keep_failure,
-    message_of,
-    outcome_of_another,
-    replay,
-    type_name,
-)
-from idem_tasks.runtime import (
-    FIRST_PAUSE,
-    LONGEST_PAUSE,
-    HandlerStopIteration,
-    deadline_clock,
-    interruption_in,
-    is_interruption,
-)
-from idem_tasks.session_argument import SessionOfCall
+from idem_tasks.replay import DOUBTFUL_SIZE, keep_failure, message_of, outcome_of_another, replay, type_name
+from idem_tasks.runtime import FIRST_PAUSE, LONGEST_PAUSE, HandlerStopIteration, deadline_clock, is_interruption
+from idem_tasks.session_run import finish_in, is_committed, run_in_session
 from idem_tasks.steps import Steps
-from idem_tasks.stores.base import Transaction, sql_records, transaction_of
 
 Handler = Callable[..., Any]
 A = TypeVar("A")
 Ending = Recorded | Released | Finished | Lost | None
-Look = Callable[[], Awaitable[Recorded | Finished | Lost | None]]
-
-_RERUNS = 5
-"""How often a handler runs again in one call whose transaction a deadlock or a serialization failure undid."""
-
-_CONFLICT_NOTE = (
-    "other transactions stood in the way each time. A handler that takes longer than a third of its lease needs "
-    "READ COMMITTED: above that, the renewal of its own lease is such a transaction"
-)
 
 
 async def perform(call: Call, handler: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -150,13 +122,6 @@ async def open_claim(call: Call) -> Claim | Finished:
         call.announce(EventName.SHADOW_DUPLICATE, found=claim.outcome.state.value)
         return unprotected(call)
     return claim
-
-
-def never_began(call: Call, struck: BaseException) -> StoreUnavailableError:
-    """Say that a framework's interruption came before the handler."""
-    return StoreUnavailableError(
-        f"{call.request.scope} {call.request.key!r} was struck by {type(struck).__name__} before its handler began"
-    )
 
 
 def runs_without_store(call: Call, error: IdemTasksError) -> bool:
@@ -284,199 +249,11 @@ async def withdraw(call: Call, request: ClaimRequest) -> None:
             await give_back(call, answer.lease)
 
 
-async def give_back(call: Call, lease: Lease) -> None:
-    """Release a claim under which nothing has run."""
-    try:
-        await call.services.store.release(lease, Release())
-    except IdemTasksError as error:
-        call.announce(EventName.RELEASE_FAILED, error=str(error))
-
-
 async def run(call: Call, claim: Claim, handler: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Step 3: run the handler; with `session=` step 4 too, and `claim.ending` says then how it ended.
-
-    A deadlock or a serialization failure undoes all that was written in the session, so the handler runs again.
-    """
-    if call.session is None:
-        return await call.services.runtime.invoke(handler, args, kwargs)
-    runs = 0
-    while True:
-        runs += 1
-        transaction = transaction_for(call, claim, call.session)
-        try:
-            return await run_in_session(call, claim, transaction, handler, args, kwargs)
-        except Exception as raised:
-            if not may_run_again(call, claim, transaction, raised):
-                raise
-            if runs > _RERUNS:
-                raised.add_note(_CONFLICT_NOTE)
-                raise
-        claim.drop_outgoing()
-        await call.services.runtime.sleep(random.uniform(0, FIRST_PAUSE))  # noqa: S311 - so that two do not meet again
-        call.services.heartbeat.hold(claim)  # a commit that failed had let go of it
-
-
-async def run_in_session(
-    call: Call,
-    claim: Claim,
-    transaction: Transaction,
-    handler: Handler,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """Begin, run the handler, and commit what it wrote together with its outcome; or leave nothing of either."""
-    runtime, session = call.services.runtime, call.session
-    assert session is not None
-    try:
-        if not await begin(call, claim, transaction):
-            return None
-        claim.transaction, claim.steps = transaction, Steps(call)
-        value = await runtime.invoke(handler, args, session.passed(kwargs, transaction.session))
-        if claim.is_here and not await runtime.shield(lambda: commit(call, claim, transaction, value)):
-            raise StoreUnavailableError(f"{claim.scope} {claim.key!r} was interrupted before anything was committed")
-    except BaseException as raised:
-        was_struck, is_cut_off = interruption_in(raised, None) is not None, transaction.is_cut_off
-        if claim.is_here and claim.ending is None and runtime.can_wait(after=raised):
-            await runtime.shield(lambda: transaction.roll_back(throw_away=was_struck))
-        if is_cut_off and not was_struck and not isinstance(raised, IdemTasksError):
-            # The records are out of reach with it. Nothing was written, so the message may as well come again (F59).
-            raise StoreUnavailableError(
-                f"{claim.scope} {claim.key!r} lost its database while its handler ran, so nothing is written"
-            ) from raised
-        raise
-    else:
-        return value
-    finally:
-        ended_by = sys.exception()
-        if claim.is_here and (ended_by is None or runtime.can_wait(after=ended_by)):
-            await runtime.shield(transaction.close)
-
-
-def is_fenced(call: Call, claim: Claim) -> bool:
-    """Tell whether what the handler writes in its session stands or falls with its claim.
-
-    Not so in shadow, disabled or without a store: then it is only committed, because the handler does not do that.
-    """
-    return claim.protected and not call.policy.shadow
-
-
-def transaction_for(call: Call, claim: Claim, session: SessionOfCall) -> Transaction:
-    """Return the transaction in which the handler runs; not begun yet."""
-    if is_fenced(call, claim):
-        return transaction_of(call.services.store, claim.lease, session.source, session.given)
-    return session.source.unfenced(session.given)
-
-
-async def begin(call: Call, claim: Claim, transaction: Transaction) -> bool:
-    """Begin the handler's transaction; False if the claim was lost before.
-
-    Where it cannot be begun the claim is given back, whatever the policy says: nothing has run.
-    """
-    try:
-        answer = await transaction.begin()
-    except BaseException as error:
-        if call.services.runtime.can_wait(after=error):
-            was_struck = interruption_in(error, None) is not None
-            await call.services.runtime.shield(lambda: end_before_it_began(call, claim, transaction, was_struck))
-        if call.host is not None and is_interruption(error):
-            raise never_began(call, error) from error
-        raise
-    if answer is not None:
-        end(call, claim, answer)
-    return answer is None
-
-
-async def end_before_it_began(call: Call, claim: Claim, transaction: Transaction, was_struck: bool) -> None:
-    """Give back the claim of a handler whose transaction could not be begun."""
-    call.services.heartbeat.let_go(claim.lease.owner)
-    await transaction.roll_back(throw_away=was_struck)
-    if claim.protected:
-        await give_back(call, claim.lease)
-        claim.ending = Released(State.RELEASED)
-
-
-async def commit(call: Call, claim: Claim, transaction: Transaction, value: Any) -> bool:
-    """Step 4 in the handler's own transaction: the outcome is its last write, and one commit makes all of it true.
-
-    Begun again after an interruption it commits nothing a second time, but looks what became of the first; it returns
-    False if nothing is committed.
-    """
-    call.services.heartbeat.let_go(claim.lease.owner)
-    refused, before = None, sys.exception()
-    if not transaction.commit_begun:
-        try:
-            if await transaction.commit(keep_all(call, claim, value)):
-                if is_fenced(call, claim):
-                    end(call, claim, Recorded())
-                return True
-        except Exception as error:
-            if not transaction.may_be_committed or interruption_in(error, before) is not None:
-                raise
-            refused = error
-    elif not transaction.may_be_committed:
-        return False  # struck before the commit was sent
-    await transaction.roll_back(throw_away=transaction.may_be_committed)
-    answer = await look(call, claim, transaction.look)
-    if answer is None:
-        if refused is not None:
-            raise refused
-        return False
-    end(call, claim, answer)
-    if refused is not None and not isinstance(refused, StoreError) and isinstance(answer, Recorded):
-        raise refused  # not of the database: all is committed, and a listener of the user's raised after it
-    return True
-
-
-async def look(call: Call, claim: Claim, ask_store: Look) -> Recorded | Finished | Lost | None:
-    """Tell what became of a commit; while the store is away, try again as long as the lease lives.
-
-    After that nobody knows: nothing is released, and the next delivery finds what there is.
-    """
-    pause = FIRST_PAUSE
-    while True:
-        try:
-            return await ask_store()
-        except StoreError as unreachable:
-            if deadline_clock() + pause >= claim.deadline:
-                claim.ending = Lost()
-                raise StoreUnavailableError(
-                    f"it is not known whether {claim.scope} {claim.key!r} was committed while its lease lived "
-                    f"({unreachable}); the message must be delivered again"
-                ) from unreachable
-        await call.services.runtime.sleep(pause)
-        pause = min(pause * 2, LONGEST_PAUSE)
-
-
-def end(call: Call, claim: Claim, answer: Recorded | Finished | Lost) -> None:
-    """Note, and announce, how the claim of a handler that returned ended."""
-    claim.ending = answer
-    tell(call, claim, answer, None)
-
-
-def may_run_again(call: Call, claim: Claim, transaction: Transaction, raised: Exception) -> bool:
-    """Tell whether all that the handler did is undone; under `hold` it may have done something outside."""
-    return (
-        is_fenced(call, claim)
-        and claim.ending is None
-        and not call.policy.doubts
-        and not claim.lost
-        and transaction.is_conflict(raised)
-    )
-
-
-def finish_in(call: Call, claim: Claim, connection: Any, value: Any) -> None:
-    """Step 4 in a transaction that the handler commits by itself: the outcome is its last write there."""
-    if not is_fenced(call, claim):
-        return
-    if call.session is not None or claim.ending is not None:
-        raise ConfigurationError("finish_in is for a handler without session=, whose claim has no outcome yet")
-    if claim.step_running is not None:
-        raise ConfigurationError(f"finish_in ends the handler, and step {claim.step_running!r} of it runs still")
-    records, outcome = sql_records(call.services.store), keep_all(call, claim, value)
-    if not records.finish_in(connection, claim.lease, outcome):
-        raise lease_lost(claim)
-    call.services.heartbeat.let_go(claim.lease.owner)  # the record is locked until the commit
-    claim.written = value, outcome
+    """Step 3: run the handler; with `session=` step 4 too, and `claim.ending` says then how it ended."""
+    if call.session is not None:
+        return await run_in_session(call, claim, call.session, handler, args, kwargs)
+    return await call.services.runtime.invoke(handler, args, kwargs)
 
 
 async def seen_committed(call: Call, claim: Claim) -> Any:
@@ -485,14 +262,8 @@ async def seen_committed(call: Call, claim: Claim) -> Any:
     What was rolled back is a failure of the handler, though it returned: nothing of it has happened.
     """
     assert claim.written is not None
-    value, outcome = claim.written
-    records = sql_records(call.services.store)
-    answer = await call.services.runtime.shield(
-        lambda: look(call, claim, lambda: records.look(claim.lease, outcome))  # may wait for a commit that is under way
-    )
-    if answer is not None:
-        end(call, claim, answer)
-        return value
+    if await is_committed(call, claim):
+        return claim.written[0]
     error = ConfigurationError(
         f"{claim.scope} {claim.key!r}: the transaction that finish_in wrote in was rolled back, and nothing of it is "
         "recorded; let what rolled it back leave the handler as an exception"
@@ -507,12 +278,13 @@ async def record(call: Call, claim: Claim, value: Any) -> Any:
     Where somebody else's outcome is recorded already, that is returned instead. What the handler published is
     recorded with the value, and then sent.
     """
-    if claim.protected and claim.parked_by is not None:
+    protected = claim.protected
+    if protected and claim.parked_by is not None:
         raise claim.parked_by  # which the handler did not let through: nothing is recorded of a parked claim
-    if claim.protected and claim.written is not None:
+    if protected and claim.written is not None:
         value = await seen_committed(call, claim)
     answer = claim.ending
-    if answer is None and claim.protected:
+    if answer is None and protected:
         try:
             answer = await call.services.runtime.shield(lambda: finish(call, claim, keep_all(call, claim, value)))
         except IdemTasksError as error:
@@ -526,11 +298,6 @@ async def record(call: Call, claim: Claim, value: Any) -> Any:
     if isinstance(answer, Finished):
         return outcome_of_another(call, answer)
     raise lease_lost(claim)
-
-
-def keep_all(call: Call, claim: Claim, value: Any) -> EncodedOutcome:
-    """Keep what the handler returned, and what it published; from here on it publishes nothing more."""
-    return replace(keep(call, value), messages=claim.close_outgoing())
 
 
 async def send(call: Call, messages: Sequence[OutboxMessage], *, recorded: bool) -> None:
@@ -642,28 +409,3 @@ def proves_no_effect(call: Call, error: BaseException) -> bool:
     if isinstance(error, call.policy.safe_to_retry):
         return True
     return call.host is not None and call.host.proves_no_effect(error)
-
-
-def tell(call: Call, claim: Claim, answer: Recorded | Released | Finished | Lost, error: str | None) -> None:
-    """Announce how a claim ended; `error` is the type of what its handler raised, None if it returned."""
-    details: dict[str, Any] = {"fencing_token": claim.fencing_token}
-    if error is not None:
-        details["error"] = error
-    match answer:
-        case Recorded():
-            call.announce(EventName.COMPLETED if error is None else EventName.FAILED, **details)
-        case Released(State.IN_DOUBT):
-            call.announce(EventName.IN_DOUBT, new=True, **details)
-        case Released(State.PARKED):
-            call.announce(EventName.PARKED, new=True, **details)
-        case Released():
-            call.announce(EventName.RELEASED, **details)
-        case Finished():
-            call.announce(EventName.SUPERSEDED, **details)
-        case Lost():  # pragma: no branch - there is no other answer
-            call.announce(EventName.LEASE_LOST, **details)
-
-
-def lease_lost(claim: Claim) -> LeaseLostError:
-    """Say that the claim was taken over while its handler ran, and that no outcome is recorded yet."""
-    return LeaseLostError(scope=claim.scope, key=claim.key, fencing_token=claim.fencing_token)
