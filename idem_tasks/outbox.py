@@ -10,8 +10,8 @@ import asyncio
 import hashlib
 import importlib
 import inspect
+import itertools
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,27 +80,30 @@ def message_id(*parts: str | int) -> str:
 
 
 class OutgoingMessages:
-    """The messages of one claim: those that its handler has published so far."""
+    """The messages of one claim: those that its handler has published so far.
+
+    A handler may have threads, and there is no lock: one that an interruption left locked would keep the finish, which
+    closes this again, waiting for ever. Each message takes a number of its own instead.
+    """
 
     def __init__(self, lease: Lease, store: Store, senders: Senders) -> None:
         self._lease = lease
         self._store = store
         self._senders = senders
-        self._messages: list[OutboxMessage] = []
+        self._messages: dict[int, OutboxMessage] = {}
+        self._numbers = itertools.count()
         self._is_closed = False
-        self._lock = threading.Lock()  # a handler may have threads
 
     def add_task(self, task: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """Keep a Celery task or signature; returns the id of the task, group or chord."""
         if "celery" not in sys.modules:
             raise ConfigurationError(f"publish takes a Celery task or signature, not {type(task).__name__}")
         celery = _celery()
-        with self._lock:
-            id_ = self._next_id()
-            frozen = celery.freeze(task, args, kwargs, id_)
-            self._add(id_, CELERY, celery.encode(frozen), {}, {})
-            result: str = celery.result_id(frozen)
-            return result
+        number, id_ = self._next()
+        frozen = celery.freeze(task, args, kwargs, id_)
+        self._add(number, id_, CELERY, celery.encode(frozen), {}, {})
+        result: str = celery.result_id(frozen)
+        return result
 
     def add_message(self, body: Any, to: str, headers: Mapping[str, Any], options: Mapping[str, Any]) -> str:
         """Keep a message for the sender called `to`; returns its id."""
@@ -108,45 +111,50 @@ class OutgoingMessages:
         check = getattr(sender, "check", None)
         if check is not None:
             check(options)
-        with self._lock:
-            id_ = self._next_id()
-            self._add(id_, to, body, headers, options)
-            return id_
+        number, id_ = self._next()
+        self._add(number, id_, to, body, headers, options)
+        return id_
 
     def close(self) -> tuple[OutboxMessage, ...]:
         """Refuse every further message, and return those there are."""
-        with self._lock:
-            self._is_closed = True
-            return tuple(self._messages)
+        self._is_closed = True
+        return tuple(self._messages[number] for number in sorted(self._messages))
 
     def drop(self) -> None:
         """Forget all messages, and take others again."""
-        with self._lock:
-            self._messages.clear()
-            self._is_closed = False
+        self._messages.clear()
+        self._numbers = itertools.count()
+        self._is_closed = False
 
-    def _next_id(self) -> str:
-        if self._is_closed:
-            raise ConfigurationError("the handler has ended: what it publishes now would never be sent")
+    def _next(self) -> tuple[int, str]:
+        self._refuse_if_closed()
         if self._lease.policy.active and outbox_of(self._store) is None:
             raise ConfigurationError(
                 f"an outbox needs records in SQL, where messages and outcome are one transaction; "
                 f"a {type(self._store).__name__} has none: give a database_url, with or without Redis in front of it"
             )
-        lease = self._lease
+        lease, number = self._lease, next(self._numbers)
         # A claim that no store granted has no token; its owner is as new at every run.
         run: str | int = lease.fencing_token or lease.owner
-        return message_id(lease.scope, lease.key, run, len(self._messages))
+        return number, message_id(lease.scope, lease.key, run, number)
 
-    def _add(self, id_: str, to: str, body: Any, headers: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise ConfigurationError("the handler has ended: what it publishes now would never be sent")
+
+    def _add(
+        self, number: int, id_: str, to: str, body: Any, headers: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        before = sys.exception()
         try:
             content = _encode({"body": body, "headers": headers, "options": options})
         except Exception as error:  # a class may raise anything
-            raise MessageError(f"message {len(self._messages)} cannot be written as JSON: {error}") from error
+            if interruption_in(error, before) is not None:
+                raise
+            raise MessageError(f"message {number} cannot be written as JSON: {error}") from error
         lease = self._lease
-        self._messages.append(
-            OutboxMessage(id_, lease.scope, lease.key, lease.fencing_token, len(self._messages), to, content)
-        )
+        self._messages[number] = OutboxMessage(id_, lease.scope, lease.key, lease.fencing_token, number, to, content)
+        self._refuse_if_closed()  # while another thread's handler ended: rather say so of one that is sent
 
 
 _encode = msgspec.json.Encoder().encode

@@ -7,7 +7,6 @@ finish   its outcome is written, if the claim still stands, and answers every la
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -46,15 +45,19 @@ A = TypeVar("A")
 class Steps:
     """The steps that one run of a handler begins, one after another, counted from 1."""
 
-    __slots__ = ("_call", "_one_at_a_time", "begun", "running")
+    __slots__ = ("_call", "_turns", "begun")
 
     def __init__(self, call: Call) -> None:
         self.begun: list[str] = []
         """Their names, in the order in which they began."""
-        self.running: str | None = None
-        """The name of the one that runs now."""
         self._call = call
-        self._one_at_a_time = threading.Lock()
+        self._turns: dict[str, tuple[str, object]] = {}
+
+    @property
+    def running(self) -> str | None:
+        """The name of the one that runs now."""
+        turn = self._turns.get("step")
+        return None if turn is None else turn[0]
 
     def take(
         self, claim: Claim, name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -90,17 +93,18 @@ class Steps:
     @contextmanager
     def _turn(self, name: str) -> Iterator[None]:
         """Refuse two at once: which of them is the first would be another one each time."""
-        if not self._one_at_a_time.acquire(blocking=False):
-            raise ConfigurationError(
-                f"step {name!r} was begun while step {self.running!r} runs: steps run one after another, "
-                "not within each other, nor in several threads or tasks of one handler"
-            )
-        self.running = name
+        turn = (name, object())
         try:
+            if self._turns.setdefault("step", turn) is not turn:
+                raise ConfigurationError(
+                    f"step {name!r} was begun while step {self.running!r} runs: steps run one after another, "
+                    "not within each other, nor in several threads or tasks of one handler"
+                )
             yield
         finally:
-            self.running = None
-            self._one_at_a_time.release()
+            # Not a lock: one that an interruption took and never gave back would refuse every later step.
+            if self._turns.get("step") is turn:
+                del self._turns["step"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,10 @@ class Scripted:
     def on(self, runtime: RuntimeName, announce: Announcer) -> Scripted:
         return self
 
+    @property
+    def outbox(self) -> Any:
+        return self.real.outbox
+
     def __getattr__(self, verb: str) -> Any:
         method = getattr(self.real, verb)
 
@@ -117,7 +121,8 @@ class World:
         if self.marker is not None:
             store = TieredStore(cast(Any, self.marker), cast(Any, self.record_tier))
         self.events: list[Event] = []
-        self.idem = Idempotency(store=store, observers=[self.events.append])
+        self.sent: list[Any] = []
+        self.idem = Idempotency(store=store, observers=[self.events.append], senders={"mail": self.sent.append})
         self.effects: list[Any] = []
 
     # What a test does.

@@ -21,14 +21,14 @@ import pytest
 
 import idem_tasks
 from idem_tasks import RERUN, Idempotency, MemoryStore, Outcome, idempotent_task
-from idem_tasks.claims import State
+from idem_tasks.claims import State, current_claim
 from idem_tasks.errors import InDoubtError, OutcomeError, StoreUnavailableError
 from idem_tasks.events import EventName
 from idem_tasks.runtime import Blocking, register_interruption, run_sync
 from tests.unit.scripted import LEASE, Scripted, World, away, world_on
 
 _OURS = os.path.dirname(idem_tasks.__file__) + os.sep  # noqa: PTH120 - compared with the names in code objects
-_NOT_STRUCK = ("memory.py", "memory_marker.py", os.path.join("testing", ""))  # noqa: PTH118
+_NOT_STRUCK = ("memory.py", "memory_marker.py", "memory_outbox.py", os.path.join("testing", ""))  # noqa: PTH118
 
 
 class SoftLimitError(Exception):
@@ -211,6 +211,63 @@ def test_whoever_asks_is_struck_at_any_line(
     else:
         assert seen[False, State.COMPLETED]
         assert not any(effects for effects, _ in seen)
+
+
+@NEVER_BEGUN
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SoftLimitError])
+@pytest.mark.parametrize("tiers", [1, 2])
+def test_a_handler_that_publishes_is_struck_at_any_line(
+    monkeypatch: pytest.MonkeyPatch, tiers: int, kind: type[BaseException]
+) -> None:
+    """Both of its messages are recorded with its outcome, or neither is; none is sent before, and nothing hangs."""
+
+    def call(world: World) -> Callable[..., Any]:
+        def handler(order: str) -> None:
+            claim = current_claim()
+            for body in ("receipt", "parcel"):
+                claim.publish_message(body, to="mail")
+            world.sent.clear()
+            world.effects.append(order)
+
+        return world.task(handler)
+
+    sent: set[int] = set()
+    for world, striker, raised in strike_everywhere(monkeypatch, tiers, kind, call):
+        assert raised is striker.error, striker.line
+        assert world.held() == 0, striker.line
+        if not world.effects:
+            continue
+        recorded = world.state() is State.COMPLETED
+        left = run_sync(world.record_tier.real.outbox.count())
+        assert recorded or (left, world.sent) == (0, []), striker.line
+        # What was sent, and struck before that was noted, is sent again by the relay: at least once.
+        assert not recorded or left + len(world.sent) >= 2, striker.line
+        sent.add(len(world.sent))
+    assert sent == {0, 1, 2}
+
+
+@NEVER_BEGUN
+@pytest.mark.parametrize("tiers", [1, 2])
+def test_a_handler_with_steps_goes_on_after_it_was_struck(monkeypatch: pytest.MonkeyPatch, tiers: int) -> None:
+    """One that catches its soft limit, to clean up by another step, is not told that a step still runs."""
+
+    def call(world: World) -> Callable[..., Any]:
+        def handler(order: str) -> None:
+            claim = current_claim()
+            try:
+                claim.step("charge", world.effects.append, order)
+            except SoftLimitError:
+                claim.step("clean up", world.effects.append, "cleaned")
+
+        return world.task(handler)
+
+    cleaned = 0
+    for world, striker, raised in strike_everywhere(monkeypatch, tiers, SoftLimitError, call):
+        # Struck while it says that its step is over, there is nothing left that could say so.
+        if not striker.line.endswith(" _turn"):
+            assert raised in (None, striker.error), f"{raised!r} when struck at {striker.line}"
+        cleaned += "cleaned" in world.effects
+    assert cleaned > 30
 
 
 @NEVER_BEGUN
