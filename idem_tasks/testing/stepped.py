@@ -40,7 +40,9 @@ class _Stepped:
         self._tier = tier
         self._name = name
         self._reach = reach
-        self.runtimes = tier.runtimes
+        self.runtimes: frozenset[RuntimeName] = getattr(
+            tier, "runtimes", frozenset()
+        )  # what belongs to a tier has none
 
     def on(self, _runtime: RuntimeName, _announce: Announcer) -> _Stepped:
         return self
@@ -64,6 +66,6 @@ def stepped_marker(marker: Any, reach: Reach) -> Marker:
     return cast(Marker, _Stepped(marker, "marker", reach))
 
 
-def stepped_record(record: Any, reach: Reach) -> RecordTier:
-    """Return this record tier, stopping at every round trip."""
-    return cast(RecordTier, _Stepped(record, "record", reach))
+def stepped_record(record: Any, reach: Reach, name: str = "record") -> RecordTier:
+    """Return this record tier, stopping at every round trip; or what belongs to it, under another `name`."""
+    return cast(RecordTier, _Stepped(record, name, reach))

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
-from tests.explorer.mutants import MUTANTS, Mutant  # which imports nothing of the library
+from tests.explorer.mutant import Mutant  # which imports nothing of the library, nor does this
+from tests.explorer.mutants import MUTANTS
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from idem_tasks.testing.explorer.handlers import ask_provider
 from idem_tasks.testing.explorer.scenario import LEASE, Scenario, policy
 
 _ALL = (
@@ -118,6 +119,44 @@ _ALL = (
         most_faults=2,
     ),
     Scenario(name="struck", policy=policy(), copies=1, faults={"soft limit": 1, "shutdown": 1}),
+    Scenario(name="a session", policy=policy(), session=True, copies=1),
+    Scenario(name="a session and a pause", policy=policy(), session=True, faults={"lease over": 1}),
+    Scenario(
+        name="a session and a conflict",
+        policy=policy(),
+        session=True,
+        messages=("receipt",),
+        copies=1,
+        faults={"conflict": 1},
+    ),
+    Scenario(
+        name="a session, hold, and a conflict", policy=policy("hold"), session=True, copies=1, faults={"conflict": 1}
+    ),
+    Scenario(
+        name="a session, a conflict, and heartbeats in time",
+        policy=policy(),
+        session=True,
+        faults={"conflict": 1, "third of a lease over": 3},
+        most_faults=4,
+        beats_in_time=True,
+    ),
+    Scenario(name="steps and a pause", policy=policy(), steps=("charge", "ship"), faults={"lease over": 1}),
+    Scenario(name="messages", policy=policy(), messages=("receipt", "parcel"), copies=1),
+    Scenario(
+        name="messages, and SQL goes away",
+        policy=policy(),
+        messages=("receipt",),
+        faults={"SQL down": 1, "lease over": 1},
+        most_faults=2,
+    ),
+    Scenario(
+        name="messages, and the broker goes away",
+        policy=policy(),
+        messages=("receipt",),
+        copies=1,
+        faults={"broker down": 1},
+    ),
+    Scenario(name="a provider is asked", policy=policy(ask_provider), faults={"lease over": 1}),
     Scenario(
         name="heartbeats in time",
         policy=policy(),

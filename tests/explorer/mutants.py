@@ -9,31 +9,9 @@ This module imports nothing of the library: it is read before the hook is in pla
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mutant:
-    """In `module` the text `before` stands exactly once, and becomes `after`.
-
-    Then one of the `laws` is broken in `scenario`. All of that is tried; or, with a `seed`, what is drawn from it.
-    """
-
-    name: str
-    module: str
-    before: str
-    after: str
-    laws: tuple[str, ...]
-    scenario: str
-    seed: int | None = None
-
-    def broken(self, shipped: str) -> str:
-        """Return the broken text; raises ValueError where the change does not fit the shipped one any more."""
-        found = shipped.count(self.before)
-        if found != 1:
-            raise ValueError(f"{self.name}: in {self.module} this stands {found} times instead of once:\n{self.before}")
-        return shipped.replace(self.before, self.after)
-
+from tests.explorer.mutant import Mutant
+from tests.explorer.mutants_of_effects import MUTANTS_OF_EFFECTS
 
 _MEMORY = "idem_tasks.stores.memory"
 _MARKER = "idem_tasks.stores.memory_marker"
@@ -865,6 +843,7 @@ if owner in self._held and deadline_clock() > self._held[owner].deadline:
         laws=("RECORDED_BEFORE_ANSWER",),
         scenario="forgotten while a command is late",
     ),
+    *MUTANTS_OF_EFFECTS,
 )
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import idem_tasks
-from idem_tasks import task
+from idem_tasks import asking, endings, outbox, session_run, steps, task
 from idem_tasks.runtime import deadline_clock_from
 from idem_tasks.stores import tiered
+from idem_tasks.stores.base import Transaction
 from idem_tasks.testing import ManualClock, explorer, stepped
 from idem_tasks.testing.explorer import AT_RANDOM, EXHAUSTIVE, Scenario, explore, explore_at_random, policy
 from idem_tasks.testing.explorer.laws import Law
@@ -64,8 +65,8 @@ def test_the_protocol_is_explored_as_it_is_shipped() -> None:
 
 def test_no_step_of_the_protocol_is_copied() -> None:
     """The explorer has no function by the name of a step: it calls those that are shipped."""
-    steps = {name.rpartition(".")[2] for name, _ in functions_of(task)}
-    steps |= {name.rpartition(".")[2] for name, _ in functions_of(tiered) if not name.endswith("__init__")}
+    parts = (task, session_run, endings, asking, steps, outbox, tiered)
+    told = {name.rpartition(".")[2] for part in parts for name, _ in functions_of(part)} - {"__init__"}
     folder = Path(inspect.getfile(explorer)).parent
     files = [*folder.glob("*.py"), Path(inspect.getfile(stepped))]
     assert len(files) > 5
@@ -73,7 +74,8 @@ def test_no_step_of_the_protocol_is_copied() -> None:
     for file in files:
         code = compile(file.read_text(encoding="utf-8"), str(file), "exec")
         own |= {inner.co_name for inner in codes_in(code)}
-    assert own & steps <= {"on", "close"}, "both have these by their trade"
+    by_trade = {"on", "close", "ask"} | {name for name in vars(Transaction) if not name.startswith("_")}
+    assert own & told <= by_trade, "a tier, a runtime and a transaction have these"
 
 
 def test_every_step_of_the_story_is_gone_through() -> None:

@@ -9,9 +9,10 @@ import pytest
 
 from idem_tasks.testing.explorer.search import explore, explore_at_random
 from tests.explorer.finds import assert_no_find
+from tests.explorer.mutant import Mutant
 from tests.explorer.mutant_run import run
 from tests.explorer.mutant_scenarios import SCENARIOS
-from tests.explorer.mutants import MUTANTS, Mutant
+from tests.explorer.mutants import MUTANTS
 
 _EXPLORED = list(dict.fromkeys((mutant.scenario, mutant.seed) for mutant in MUTANTS))
 

@@ -8,14 +8,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from idem_tasks import block, call, claims, heartbeat, replay, runtime, task
+from idem_tasks import (
+    asking,
+    block,
+    call,
+    claims,
+    endings,
+    heartbeat,
+    outbox,
+    replay,
+    runtime,
+    session_run,
+    steps,
+    task,
+)
 from idem_tasks.runtime import deadline_clock_from
-from idem_tasks.stores import memory, memory_marker, tiered
+from idem_tasks.stores import memory, memory_marker, memory_outbox, tiered
 from idem_tasks.testing.clock import ManualClock
 from idem_tasks.testing.explorer.scenario import Scenario, policy
 from idem_tasks.testing.explorer.world import World
 
-PROTOCOL = (task, block, call, replay, heartbeat, claims, runtime, tiered, memory, memory_marker)
+PROTOCOL = (
+    *(task, session_run, endings, asking, steps, outbox),
+    *(block, call, replay, heartbeat, claims, runtime),
+    *(tiered, memory, memory_marker, memory_outbox),
+)
 
 
 def functions_of(module: ModuleType) -> Iterator[tuple[str, CodeType]]:

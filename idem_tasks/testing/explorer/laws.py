@@ -8,12 +8,12 @@ explored would take it for its handler's.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from idem_tasks.claims import Record, State
+from idem_tasks.claims import EncodedOutcome, Lease, OutboxMessage, Record, State
 from idem_tasks.policy import Policy
 
 ENDED = (State.COMPLETED, State.FAILED)
@@ -59,6 +59,12 @@ class Law(Enum):
     ONE_OUTCOME = "all who are answered are given the same outcome"
     ACKNOWLEDGED_IS_RECORDED = "a message is acknowledged only once its outcome is recorded, in doubt or parked"
     OWN_MARKER = "a marker is taken away, renewed or replaced only by its owner, by its end, or by a person"
+    ROWS = "what a handler writes in its session is committed with its outcome, once, or not at all"
+    STEP_ONCE = "a step whose outcome is recorded is not begun again, and every later attempt is given that outcome"
+    RECORDED_MESSAGES = "with an outcome is recorded what its own run has published, and nothing else"
+    SENT_IF_RECORDED = "what a handler publishes is sent only once its outcome is recorded, in order, by one id"
+    ALL_SENT = "what was published with a recorded outcome is sent in the end"
+    ASKED = "where on_crash is a function, a dead claim is taken over only if that says so, and ended as it says"
     NO_MESSAGE_LOST = "every message is answered in the end"
     NOT_STUCK = "no key stays in progress once the leases are over"
     KNOWN_ENDINGS = "a call ends by a value, by the handler's own exception, or by an error that says what to do"
@@ -85,6 +91,7 @@ class _Epoch:
     releases: int = 0
     failures: int = 0
     outcome: str | None = None
+    rows: int = 0
     waited: bool = False
     closed: bool = False
     """Over for certain: whoever asks from now on must not hear its outcome."""
@@ -93,7 +100,7 @@ class _Epoch:
         return len(self.effects), self.takeovers, self.releases, self.failures, self.outcome
 
     def summary(self) -> tuple[Any, ...]:
-        return self.counts(), frozenset(self.effects), frozenset(self.repeatable), self.waited, self.closed
+        return self.counts(), frozenset(self.effects), frozenset(self.repeatable), self.rows, self.waited, self.closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,11 @@ class Laws:
         self._leases: dict[str, float] = {}  # owner: when its lease ends
         self._told_left: dict[str, float] = {}  # owner: what was left of its outcome's retention when it was told
         self._answered: dict[int, set[str]] = defaultdict(set)
+        self._steps: dict[str, str] = {}  # name: its recorded outcome, as long as the record lives
+        self._begun_steps: set[tuple[str, str]] = set()  # owner and name
+        self._messages: list[str] = []  # ids of those that were recorded with an outcome, in order
+        self._sent: list[str] = []
+        self._provider_says: bool | None = None
 
     @property
     def epoch(self) -> int:
@@ -138,7 +150,9 @@ class Laws:
         answered = frozenset((epoch, frozenset(given)) for epoch, given in self._answered.items())
         owners = tuple(map(frozenset, (self._ran, self._returned, self._failed, self._finishes)))
         times = frozenset(self._leases.items()), frozenset(self._told_left.items())
-        return epochs, self._last_token, granted, owners, times, answered
+        steps = frozenset(self._steps.items()), frozenset(self._begun_steps)
+        messages = tuple(self._messages), tuple(self._sent)
+        return epochs, self._last_token, granted, owners, times, answered, steps, messages, self._provider_says
 
     def ending(self) -> tuple[Any, ...]:
         """Return how often what happened in each life of the record, and its outcome."""
@@ -160,6 +174,7 @@ class Laws:
         if before is not None and (after is None or after.generation > before.generation):
             self._ended(verb, before, now)
             self._begin_epoch()
+            self._steps.clear()
         if after is None:
             return
         if after.state is State.RUNNING:
@@ -172,6 +187,10 @@ class Laws:
                 self._claimed(owner, before, after, now, kept_alive=kept_alive)
             case "finish" | "write_through":
                 self._finished(owner, before, after, now)
+            case "decide":
+                own = before if before is not None and before.owner == owner else None
+                self._claimed(owner, own, after, now, kept_alive=False)
+                self._finished(owner, own, after, now)
             case "release":
                 self._released(owner, before, after)
             case "resolve" if before is not None and _is_held(before, now):
@@ -219,6 +238,8 @@ class Laws:
     def _taken_over(self, owner: str, before: Record, *, kept_alive: bool) -> None:
         epoch, most = self._epochs[-1], self._policy.max_crashes
         epoch.takeovers += 1
+        if callable(self._policy.on_crash):
+            self._broken(Law.ASKED, f"{owner} took over from {before.owner}, and nobody was asked")
         self._may_be_repeated(before.owner)
         if kept_alive:
             self._broken(Law.KEPT_ALIVE, f"{owner} took over from {before.owner}")
@@ -309,6 +330,93 @@ class Laws:
         for old in self._epochs[: epoch + 1]:
             old.closed = True
 
+    def decided(self, owner: str, dead: Lease, before: Record | None, *, reruns: bool) -> None:
+        """Check that a doubt is ended as the provider said, and only for the claim that it was asked about."""
+        if reruns:
+            self._granted[owner] = replace(self._granted[owner], took_over=True)
+        if before is not None and before.owner == owner:
+            return  # an earlier try of this decision took effect
+        if before is None or before.state is not State.IN_DOUBT or before.fencing_token != dead.fencing_token:
+            self._broken(Law.ASKED, f"the doubt about {dead.owner} was ended, and the record was {before}")
+            return
+        if reruns is self._provider_says:
+            self._broken(Law.ASKED, f"it {'runs again' if reruns else 'ended'} though the provider said otherwise")
+        if reruns:
+            self._may_be_repeated(before.owner)
+
+    def provider_answered(self, *, happened: bool) -> None:
+        """Note what an `on_crash` function found out."""
+        self._provider_says = happened
+
+    def effect_happened(self) -> bool:
+        """Tell what a provider knows: whether the effect has happened in this life of the record."""
+        return bool(self._epochs[-1].effects)
+
+    # Rows, steps and messages
+
+    def rows_committed(self, owner: str, rows: Sequence[str], record: Record | None) -> None:
+        """Check that the rows of a session were committed with the outcome of their own run, and are the first."""
+        epoch = self._epochs[-1]
+        epoch.rows += len(rows)
+        if record is None or record.state not in ENDED or record.owner != owner:
+            self._broken(Law.ROWS, f"{owner} committed its rows, and the record is {record and record.state.value}")
+        if epoch.rows != 1:
+            self._broken(Law.ROWS, f"with the commit of {owner} there are {epoch.rows} rows")
+
+    def recorded_without_rows(self, owner: str) -> None:
+        """An outcome was recorded apart from the session in which its handler wrote."""
+        self._broken(Law.ROWS, f"the outcome of {owner} was recorded, and its rows were not committed with it")
+
+    def step_began(self, owner: str, name: str, record: Record | None, *, begun: bool) -> None:
+        """Check that a step begins under the claim that stands, and has no outcome yet."""
+        if not begun:
+            return
+        self._begun_steps.add((owner, name))
+        if record is None or record.owner != owner:
+            self._broken(Law.FENCE, f"{owner} began step {name}, and the claim is of {record and record.owner}")
+        if name in self._steps:
+            self._broken(Law.STEP_ONCE, f"{owner} began step {name}, which was recorded")
+
+    def step_runs(self, owner: str, name: str) -> None:
+        """Check that a step runs only once it is written that it begins."""
+        if (owner, name) not in self._begun_steps:
+            self._broken(Law.STEP_ONCE, f"{owner} ran step {name}, which it had not begun")
+
+    def step_recorded(self, owner: str, name: str, record: Record | None, outcome: EncodedOutcome) -> None:
+        """Check that the claim that stands records a step's outcome, and that it is the first."""
+        if record is None or record.owner != owner:
+            self._broken(Law.FENCE, f"{owner} recorded step {name}, and the claim is of {record and record.owner}")
+        text = (outcome.body or b"").decode().strip('"')
+        if self._steps.setdefault(name, text) != text:
+            self._broken(Law.STEP_ONCE, f"{owner} replaced the outcome of step {name}, {self._steps[name]}")
+
+    def step_returned(self, owner: str, name: str, value: str) -> None:
+        """Check what a handler is given for a step."""
+        # A record that was forgotten or resolved meanwhile has other steps, or none.
+        recorded = self._steps.get(name)
+        if recorded is not None and value != recorded and self._granted[owner].epoch == self.epoch:
+            self._broken(Law.STEP_ONCE, f"{owner} was given {value!r} for step {name}, and {recorded!r} is recorded")
+
+    def messages_recorded(self, owner: str, messages: Sequence[OutboxMessage], published: int) -> None:
+        """Check and note the messages of an outcome that was just recorded; each run publishes so many."""
+        if len(messages) != published:
+            self._broken(Law.RECORDED_MESSAGES, f"{owner} published {published}, and {len(messages)} are recorded")
+        self._messages += [message.id for message in messages]
+
+    def sent(self, message: OutboxMessage) -> None:
+        """Check that a message may be sent now: it is recorded, and all before it were sent."""
+        if message.id not in self._messages:
+            self._broken(Law.SENT_IF_RECORDED, f"message {message.number} was sent, and no outcome has it")
+        elif message.id not in self._sent:
+            self._sent.append(message.id)
+            if self._sent != self._messages[: len(self._sent)]:
+                self._broken(Law.SENT_IF_RECORDED, f"message {message.number} was sent before an earlier one")
+
+    def all_is_sent(self) -> None:
+        """Check that nothing is left over."""
+        if set(self._messages) != set(self._sent):
+            self._broken(Law.ALL_SENT, f"{len(self._messages)} messages were recorded, and {len(self._sent)} sent")
+
     # The marker
 
     def marker_changed(self, verb: str, owner: str, before: Any, after: Any) -> None:
@@ -329,10 +437,13 @@ class Laws:
 
     # The handler
 
-    def handler_began(self, owner: str, fencing_token: int, *, taken_over: bool) -> None:
-        """Check that it has a claim of its own; `taken_over` is what it is told."""
+    def handler_began(self, owner: str, fencing_token: int, *, taken_over: bool, again: bool) -> None:
+        """Check that it has a claim of its own; `taken_over` is what it is told.
+
+        `again`: in the same call, after its transaction was undone.
+        """
         grant = self._granted.get(owner)
-        if grant is None or grant.fencing_token != fencing_token or owner in self._ran:
+        if grant is None or grant.fencing_token != fencing_token or (owner in self._ran and not again):
             self._broken(Law.CLAIMED, f"{owner} ran under {fencing_token}, and was granted {grant}")
         elif grant.took_over and not taken_over:
             self._broken(Law.TAKEOVER_TOLD, f"{owner} took over, and does not know")
@@ -341,6 +452,9 @@ class Laws:
     def effect(self, owner: str) -> None:
         """Check that the outside effect may happen now."""
         epoch = self._epochs[self._granted[owner].epoch]  # a late effect belongs to the life in which it was claimed
+        if owner in epoch.effects:
+            law = Law.EFFECT_ONCE if self._policy.doubts else Law.EFFECT_EXPLAINED
+            self._broken(law, f"it happened twice in {owner}, under one claim")
         epoch.effects.add(owner)
         if len(epoch.effects) == 1 or self._record_may_be_lost:
             return
@@ -383,7 +497,8 @@ class Laws:
 
     def met_pending(self, owner: str, asks: str) -> None:
         """Check what a call does next that has just heard of an outcome which waits in the marker."""
-        if asks != "write_through":
+        # Whoever has asked a provider claims again first, and meets it there.
+        if asks != "write_through" and not (asks == "take" and callable(self._policy.on_crash)):
             self._broken(Law.PENDING_FIRST, f"{owner} met a pending outcome, and went on with: {asks}")
 
     def gives_up(self, owner: str, *, tried_for: float, left: float) -> None:

@@ -11,10 +11,12 @@ from idem_tasks.claims import Claim, Finished
 from idem_tasks.errors import StoreUnavailableError
 from idem_tasks.events import Announcer
 from idem_tasks.heartbeat import Heartbeat
+from idem_tasks.outbox import Senders
 from idem_tasks.outcomes import JsonCodec
-from idem_tasks.runtime import Asyncio, Blocking, register_interruption
+from idem_tasks.runtime import FIRST_PAUSE, Asyncio, Blocking, register_interruption
 from idem_tasks.stores.base import MarkerPending
 from idem_tasks.stores.tiered import TieredStore
+from idem_tasks.testing.explorer.database import SimulatedTransaction
 from idem_tasks.testing.explorer.laws import Law, Violation
 from idem_tasks.testing.explorer.words import summary_of, words_of
 from idem_tasks.testing.stepped import Step, stepped_marker, stepped_record
@@ -74,9 +76,15 @@ class Runtime(Blocking):
 
         return await super().shield(unless_gone)
 
+    async def ask(self, question: Callable[..., Any], subject: object, seconds: float) -> Any:
+        """Stop before the question: what it asks about may change meanwhile."""
+        await self._worker.reach(Step("handler", "the provider is asked", "before"))
+        return await super().ask(question, subject, seconds)
+
     async def sleep(self, seconds: float) -> None:
         """Stop until the world goes on with this actor; then that many seconds have passed for all."""
-        await self._worker.reach(Step("clock", "sleep", "before", seconds))
+        # A pause of random length would make another execution of the same actions.
+        await self._worker.reach(Step("clock", "sleep", "before", max(seconds, FIRST_PAUSE)))
 
 
 class StillHeartbeat(Heartbeat):
@@ -115,11 +123,16 @@ class Worker:
         self.reply: str | None = None
         """What becomes of the next reply, where the world does not stop at each."""
         announce = Announcer(())
-        self.store = TieredStore(
-            stepped_marker(world.watched_marker, self.reach), stepped_record(world.watched_record, self.reach)
-        )
+        record: Any = stepped_record(world.watched_record, self.reach)
+        record.outbox = stepped_record(world.watched_outbox, self.reach, "outbox")
+        if world.scenario.session:
+            in_session = stepped_record(world.watched_database, self.reach, "session")
+            record.transaction = lambda lease, _source, _given: SimulatedTransaction(world.database, in_session, lease)
+        self.store = TieredStore(stepped_marker(world.watched_marker, self.reach), record)
         self.heartbeat = StillHeartbeat(self.store, announce)
-        self.services = Services(self.store, self.heartbeat, announce, _codec, Runtime(self))
+        self.services = Services(
+            self.store, self.heartbeat, announce, _codec, Runtime(self), Senders({"mail": world.post})
+        )
 
     async def reach(self, step: Step) -> bool:
         """Stop at a step of whatever runs in this process."""
@@ -166,6 +179,8 @@ class Actor:
         """What interrupted it last."""
         self.met_pending = False
         """Whether the marker has just told it of an outcome that waits there."""
+        self.has_run = False
+        """Whether its handler has begun before, under the same claim."""
         self.superseded = False
         """Whether its release was answered with a recorded outcome."""
 
@@ -186,7 +201,7 @@ class Actor:
         """Return all that its next steps depend on, with the answer that it has not heard yet."""
         waits_at = None if self.step is None else (self.step.tier, self.step.verb, summary_of(self.step.answer))
         deadline = None if self.claim is None else self.claim.deadline  # which a heartbeat may have moved
-        return self.name, self.trail, waits_at, self.holds_message, self.first_epoch, deadline
+        return self.name, self.trail, waits_at, self.holds_message, self.first_epoch, deadline, self.has_run
 
     def resume(self, world: World, reply: bool | BaseException | None) -> None:
         """Go on to the next step or to the end."""

@@ -27,6 +27,7 @@ Celery's `self.retry()` does, and raises."""
 Fault = Literal[
     "command lost",
     "command late",
+    "conflict",
     "reply lost",
     "sent again",
     "killed",
@@ -37,6 +38,7 @@ Fault = Literal[
     "record lost",
     "SQL down",
     "Redis down",
+    "broker down",
     "soft limit",
     "shutdown",
     "delivered again",
@@ -48,11 +50,12 @@ Fault = Literal[
 """What can go wrong, or what a person can do, at any step:
 
 `command lost` never reaches the tier; after `command late` the caller sees an outage too, but the command is on its
-way, and takes effect at any later moment, or never; `reply lost` took effect, and the caller sees an outage;
-`sent again` took effect, its reply was lost, and the client sent the command once more. `killed` ends a worker's
-process. `lease over` lets more than a lease pass while nobody does anything: a pause of all; `third of a lease over` is
-the time after which heartbeats are due. `markers lost` is a flush, an eviction or a failover of Redis; `record lost`
-takes the last moments of a database that failed over. A soft limit and a shutdown strike a delivery where it is.
+way, and takes effect at any later moment, or never; `conflict` is a deadlock that undoes a transaction of the user's;
+`reply lost` took effect, and the caller sees an outage; `sent again` took effect, its reply was lost, and the client
+sent the command once more. `killed` ends a worker's process. `lease over` lets more than a lease pass while nobody does
+anything: a pause of all; `third of a lease over` is the time after which heartbeats are due. `markers lost` is a flush,
+an eviction or a failover of Redis; `record lost` takes the last moments of a database that failed over. While the
+broker is down no message is sent. A soft limit and a shutdown strike a delivery where it is.
 """
 
 
@@ -69,7 +72,9 @@ class Scenario:
     """One message that was published `copies` times, and everything that may happen to it.
 
     At most `deliveries` of it begin, and at most `most_faults` faults happen, of each kind at most as many as `faults`
-    says. `behaviours` are those of the handler's runs, in order; it returns from all later ones.
+    says. `behaviours` are those of the handler's runs, in order; it returns from all later ones. With `session` it
+    writes a row in the transaction of its outcome, and has an outside effect only where a crash leaves doubt. `steps`
+    are the names of its steps: the effect is that of the first. `messages` are those that it publishes.
     `every_reply` stops also between an effect and its reply; without it both are one step. `beats_in_time` lets no
     time pass while a heartbeat is due. `reduced` leaves out orders of steps that make no difference to anybody.
     """
@@ -81,6 +86,9 @@ class Scenario:
     faults: Mapping[Fault, int] = field(default_factory=dict)
     most_faults: int = 1
     behaviours: tuple[Behaviour, ...] = ()
+    session: bool = False
+    steps: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
     every_reply: bool = False
     beats_in_time: bool = False
     reduced: bool = True

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, get_args
 
 from idem_tasks.policy import Policy
+from idem_tasks.testing.explorer.handlers import ask_provider
 from idem_tasks.testing.explorer.scenario import LEASE, Behaviour, Fault, HandlerFailedError, Scenario, policy
 
 
@@ -25,6 +26,8 @@ _PAIRED = {
 }
 _LATE = _each(("command late", "forget")) | _CRASHES
 _MANY = _each((fault for fault in _ALL if fault != "record lost"), 3)
+_STEPS = ("charge", "ship")
+_MESSAGES = ("receipt", "parcel")
 
 EXHAUSTIVE: tuple[Scenario, ...] = (
     Scenario(name="three copies at once", policy=policy(), copies=3, deliveries=3, every_reply=True),
@@ -104,11 +107,57 @@ EXHAUSTIVE: tuple[Scenario, ...] = (
         faults=_each(["killed", "lease over", "reply lost"]),
     ),
     Scenario(name="the record is lost", policy=policy(), faults=_CRASHES | _each(["record lost"]), most_faults=2),
+    Scenario(name="one fault, session", policy=policy(), session=True, faults=_ONE_EACH, every_reply=True),
+    Scenario(name="one fault, session, hold", policy=policy("hold"), session=True, faults=_ONE_EACH),
+    Scenario(
+        name="a late commit",
+        policy=policy(),
+        copies=1,
+        session=True,
+        faults=_each(["command late", "forget", "lease over", "killed"]),
+        most_faults=3,
+    ),
+    Scenario(
+        name="conflicts in a session",
+        policy=policy(),
+        session=True,
+        messages=_MESSAGES,
+        faults=_each(["conflict", "reply lost", "killed"]),
+        most_faults=2,
+    ),
+    Scenario(name="one fault, steps", policy=policy(), steps=_STEPS, faults=_ONE_EACH),
+    Scenario(name="one fault, steps, hold", policy=policy("hold"), steps=_STEPS, faults=_ONE_EACH),
+    Scenario(
+        name="steps and pauses",
+        policy=policy(),
+        copies=1,
+        deliveries=3,
+        steps=_STEPS,
+        faults=_CRASHES | _each(["lease over"], 2),
+        most_faults=3,
+    ),
+    Scenario(name="one fault, messages", policy=policy(), messages=_MESSAGES, faults=_ONE_EACH),
+    Scenario(
+        name="an outcome with messages waits in the marker",
+        policy=policy(),
+        messages=_MESSAGES,
+        faults=_each(["SQL down", "broker down", "lease over"]),
+        most_faults=2,
+    ),
+    Scenario(name="one fault, a provider is asked", policy=policy(ask_provider), faults=_ONE_EACH),
+    Scenario(
+        name="a provider is asked",
+        policy=policy(ask_provider),
+        copies=1,
+        deliveries=3,
+        faults=_CRASHES | _each(["reply lost", "forget"]),
+        most_faults=3,
+    ),
 )
 """Gone through to the end: every interleaving, and every placing of the faults."""
 
 
-def _many_faults(name: str, made: Policy, *behaviours: Behaviour) -> Scenario:
+def _many_faults(name: str, made: Policy, *behaviours: Behaviour, **done: Any) -> Scenario:
     return Scenario(
         name=f"many faults, {name}",
         policy=made,
@@ -117,6 +166,7 @@ def _many_faults(name: str, made: Policy, *behaviours: Behaviour) -> Scenario:
         faults=_MANY,
         most_faults=6,
         behaviours=behaviours,
+        **done,
     )
 
 
@@ -128,6 +178,11 @@ AT_RANDOM: tuple[Scenario, ...] = (
     _many_faults("duplicates wait", policy(on_in_progress="wait", wait_timeout=1.0)),
     _many_faults("few crashes", policy(max_crashes=1)),
     _many_faults("final failures", policy(record_failures=(HandlerFailedError,)), "raise"),
+    _many_faults("session", policy(), "return", "raise", session=True, messages=_MESSAGES),
+    _many_faults("session, hold", policy("hold"), session=True),
+    _many_faults("steps", policy(), "raise", steps=_STEPS, messages=_MESSAGES),
+    _many_faults("steps, hold", policy("hold"), steps=_STEPS),
+    _many_faults("a provider is asked", policy(ask_provider), messages=_MESSAGES),
     Scenario(
         name="many late commands",
         policy=policy(),

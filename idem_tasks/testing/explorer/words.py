@@ -15,9 +15,9 @@ def words(step: Step) -> str:
     match step.tier, step.when:
         case "clock", _:
             return f"waits {step.answer:g} s"
-        case "marker" | "record", "before":
+        case "marker" | "record" | "outbox" | "session", "before":
             return f"asks the {step.tier}: {step.verb}"
-        case "marker" | "record", _:
+        case "marker" | "record" | "outbox" | "session", _:
             return f"the {step.tier} has done {step.verb}, and answers: {words_of(step.answer)}"
         case "handler", _:
             return f"the handler: {step.verb}"

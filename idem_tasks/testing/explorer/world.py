@@ -15,15 +15,25 @@ from idem_tasks.call import Call
 from idem_tasks.claims import (
     ClaimRequest,
     EncodedOutcome,
+    Granted,
+    Lost,
+    OutboxMessage,
     Record,
-    current_claim,
+    Recorded,
+    StepBegun,
 )
 from idem_tasks.errors import PUT_BACK, ConflictError, InDoubtError, ParkedError, StoreUnavailableError
-from idem_tasks.runtime import run_sync
+from idem_tasks.events import Announcer
+from idem_tasks.outbox import Relay, Senders
+from idem_tasks.runtime import Blocking, run_sync
+from idem_tasks.session_argument import SessionOfCall
+from idem_tasks.stores.base import RuntimeName
 from idem_tasks.stores.memory import MemoryStore
 from idem_tasks.stores.memory_marker import MemoryMarker
 from idem_tasks.task import perform
 from idem_tasks.testing.clock import ManualClock
+from idem_tasks.testing.explorer.database import Database, DeadlockError
+from idem_tasks.testing.explorer.handlers import WORLD, handler_of
 from idem_tasks.testing.explorer.late import LateCommand
 from idem_tasks.testing.explorer.laws import ENDED, WAITING, Law, Laws, Violation
 from idem_tasks.testing.explorer.processes import ACTORS_STEPS, Actor, KilledError, SoftLimitError, Worker
@@ -32,7 +42,6 @@ from idem_tasks.testing.explorer.scenario import (
     LONGEST_WAIT,
     RETENTION,
     T0,
-    Behaviour,
     Fault,
     HandlerFailedError,
     RetryError,
@@ -42,8 +51,18 @@ from idem_tasks.testing.explorer.words import record_summary, summary_of, words,
 from idem_tasks.testing.stepped import Step
 
 SCOPE, KEY, FINGERPRINT = "shop.charge", "A-1", "f" * 64
-_AT_A_COMMAND: tuple[Fault, ...] = ("command lost", "command late")
+_LONGEST_SEND = 70.0
+"""Seconds after which no message is leased any more, nor waits after a failure."""
+_AT_A_COMMAND: tuple[Fault, ...] = ("command lost", "command late", "conflict")
 _AT_A_REPLY: tuple[Fault, ...] = ("reply lost", "sent again")
+_NOT_IN: dict[str, tuple[Fault, ...]] = {
+    "outbox": ("sent again", "conflict"),
+    "session": ("sent again",),  # whose connection is lost with a reply, and all that it had not committed
+    "record": ("conflict",),
+    "marker": ("conflict",),
+}
+_SERVERS = {"record": "SQL", "outbox": "SQL", "session": "SQL", "marker": "Redis"}
+"""Where the commands of each tier go."""
 _AT_ANY_STEP: tuple[Fault, ...] = ("soft limit", "shutdown")
 _OF_THE_WORLD: tuple[Fault, ...] = (
     "lease over",
@@ -53,6 +72,7 @@ _OF_THE_WORLD: tuple[Fault, ...] = (
     "record lost",
     "SQL down",
     "Redis down",
+    "broker down",
     "forget",
     "resolve with an outcome",
     "resolve with a rerun",
@@ -78,8 +98,11 @@ class World:
         self.record = MemoryStore(clock)
         self.marker = MemoryMarker(clock)
         self.laws = Laws(scenario.policy, record_may_be_lost="record lost" in scenario.faults)
+        self.database = Database(self.record)
         self.watched_record = _Watched(self.record, self._record_command)
         self.watched_marker = _Watched(self.marker, self._marker_command)
+        self.watched_outbox = _Watched(self.record.outbox, self._outbox_command)
+        self.watched_database = _Watched(self.database, self._session_command)
         self.workers: dict[str, Worker] = {}
         self.actors: dict[str, Actor] = {}
         self.ready = scenario.copies
@@ -97,6 +120,7 @@ class World:
         self._lease_lived = False
         self._on_their_way: dict[str, LateCommand] = {}
         self._unfinished: list[Fault] = []
+        self._in_session = False
 
     # What can happen now
 
@@ -108,15 +132,19 @@ class World:
         is left to come between, those that touch neither tier.
         """
         for actor in self.actors.values() if self.scenario.reduced else ():
-            if actor.is_new and not self._somebody_sleeps:
+            if actor.is_new and not self._somebody_sleeps and not self._waits_for_lock(actor):
                 return [Action("go", actor.name), *(self._before_it_begins(actor) if self.faults_left else ())]
             if not self.faults_left and self._is_private(actor):
                 return [Action("go", actor.name)]
-        goes = [Action("go", name) for name in self.actors]
+        goes = [Action("go", name) for name, actor in self.actors.items() if not self._waits_for_lock(actor)]
         if self.ready and self.begun < self.scenario.deliveries:
             goes.append(Action("deliver"))
         goes += [Action("beat", worker.name) for worker in self.workers.values() if self._may_beat(worker)]
-        goes += [Action("arrives", name) for name in self._on_their_way]
+        for name, late in self._on_their_way.items():
+            if late.step.tier != "record" or self.database.locked_by is None:
+                goes.append(Action("arrives", name))
+        if self.database.commit_is_late:
+            goes.append(Action("rolled back"))
         goes += [Action(f"{server} up") for server in sorted(self.down)]
         return goes + (list(self._faults()) if self.faults_left else [])
 
@@ -141,19 +169,36 @@ class World:
         beating = f"{actor.worker.name}'s heartbeat" in self.actors or self._may_beat(actor.worker)
         return actor.step.tier in ("broker", "handler") and not beating
 
+    def _waits_for_lock(self, actor: Actor) -> bool:
+        """Tell whether an actor's command waits until a transaction has ended that has written its outcome."""
+        step, holder = actor.step, self.database.locked_by
+        if holder is None or step is None or step.when != "before":
+            return False
+        if step.tier == "session":
+            wants_row = step.verb in ("write_outcome", "look_after")
+            return wants_row and (step.args[0].owner != holder or self.database.commit_is_late)
+        return step.tier == "record"
+
     @property
     def is_quiet(self) -> bool:
         """Whether nothing goes on any more, but for faults."""
-        return not self.actors and not (self.ready and self.begun < self.scenario.deliveries)
+        return (
+            not self.actors
+            and not self.database.commit_is_late
+            and not (self.ready and self.begun < self.scenario.deliveries)
+        )
 
     def _faults_at(self, actor: Actor) -> Iterator[Action]:
         """Yield what can go wrong at an actor's next step."""
         step, left = actor.step, self.left
         assert step is not None
-        if step.tier in ("marker", "record"):
+        if step.tier in _SERVERS and not self._waits_for_lock(actor):
             at_once = _AT_A_COMMAND if self.scenario.every_reply else (*_AT_A_COMMAND, *_AT_A_REPLY)
             for fault in at_once if step.when == "before" else _AT_A_REPLY:
-                if left[fault]:
+                # Of a transaction only the commit can still take effect when its connection is gone.
+                too_late = fault == "command late" and step.tier == "session" and step.verb != "commit_rows"
+                writes = step.verb in ("write_outcome", "commit_rows") or fault != "conflict"
+                if left[fault] and writes and fault not in _NOT_IN[step.tier] and not too_late:
                     yield Action(fault, actor.name)
         if actor.holds_message and step.tier != "broker":
             for fault in _AT_ANY_STEP:
@@ -183,7 +228,9 @@ class World:
             case "third of a lease over" if self.scenario.beats_in_time:
                 beating = any(name.endswith("heartbeat") for name in self.actors)
                 return not beating and not any(w.heartbeat.is_due(self.clock()) for w in self.workers.values())
-            case "SQL down" | "Redis down":
+            case "broker down" if not self.scenario.messages:
+                return False
+            case "SQL down" | "Redis down" | "broker down":
                 return fault.split()[0] not in self.down
             case "purge":
                 return self._last_seen is not None and self._last_seen.expires_at.timestamp() < self.clock()
@@ -213,7 +260,9 @@ class World:
                 worker = self.workers[who]
                 worker.has_beaten = True
                 self._begin(f"{who}'s heartbeat", worker, worker.heartbeat.beat())
-            case "SQL up" | "Redis up":
+            case "rolled back":
+                self._roll_back()
+            case "SQL up" | "Redis up" | "broker up":
                 self.down.discard(what.split()[0])
                 self.log.append(f"{what.split()[0]} can be reached again")
             case "arrives":
@@ -233,7 +282,7 @@ class World:
         self.log.append(f"{actor.name}: {words(step)}")
         if step.tier == "clock":
             self.clock.advance(step.answer)
-        server = {"record": "SQL", "marker": "Redis"}.get(step.tier)
+        server = _SERVERS.get(step.tier)
         if server in self.down and step.when == "before":
             self.log[-1] += f" - {server} cannot be reached"
             actor.resume(self, StoreUnavailableError(f"{server} is down"))
@@ -253,7 +302,11 @@ class World:
                 while name in self._on_their_way:
                     name += " too"
                 self._on_their_way[name] = LateCommand(name, actor.name, actor.sent_at, step)
+                self.database.commit_is_late |= step.verb == "commit_rows"
                 actor.resume(self, StoreUnavailableError("the command is late"))
+            case "conflict":
+                self.log.append(f"{actor.name}: {words(step)} - a DEADLOCK, and all is undone")
+                actor.resume(self, DeadlockError())
             case "reply lost" | "sent again" if step.when == "before":
                 what = "the reply is LOST" if fault == "reply lost" else "the client SENDS AGAIN"
                 self.log.append(f"{actor.name}: {words(step)} - {what}")
@@ -291,7 +344,7 @@ class World:
                 self.record._rows.clear()  # noqa: SLF001 - simulated by it
                 self._last_seen = None
                 self.laws.record_was_lost()
-            case "SQL down" | "Redis down":
+            case "SQL down" | "Redis down" | "broker down":
                 self.down.add(fault.split()[0])
             case _:
                 self._people += 1
@@ -302,12 +355,26 @@ class World:
         """Let a late command take effect, whatever became of its sender; nobody hears its answer."""
         step = late.step
         self.going_on(late.sender, late.sent_at, lease_lived=False)  # whoever gave it up has tried again meanwhile
-        command = getattr({"record": self.watched_record, "marker": self.watched_marker}[step.tier], step.verb)
+        tiers = {
+            "record": self.watched_record,
+            "marker": self.watched_marker,
+            "outbox": self.watched_outbox,
+            "session": self.watched_database,
+        }
+        command = getattr(tiers[step.tier], step.verb)
         try:
             answer = words_of(run_sync(command(*step.args, **step.kwargs)))
         except ConflictError as refused:
             answer = type(refused).__name__
         self.log.append(f"{late.name} ARRIVES late -> {answer}")
+
+    def _roll_back(self) -> None:
+        """Let the database give up a commit that never came."""
+        self.log.append("the database ROLLS BACK a transaction whose commit never came")
+        for name in [name for name, late in self._on_their_way.items() if late.step.verb == "commit_rows"]:
+            del self._on_their_way[name]
+        assert self.database.locked_by is not None
+        self.database.unlock(self.database.locked_by)
 
     def _kill(self, who: str) -> None:
         worker = self.workers[who]
@@ -318,6 +385,8 @@ class World:
                 self.ready += 1
                 self.log[-1] += ": the broker has its message again"
             actor.resume(self, KilledError())
+            if not self.database.commit_is_late:
+                self.database.unlock(actor.name)  # with its connection
 
     def _worker(self, name: str) -> Worker:
         return self.workers.setdefault(name, Worker(self, name))
@@ -348,11 +417,13 @@ class World:
         actor = self.actors[name]
         first_epoch = actor.first_epoch
         request = ClaimRequest(SCOPE, KEY, FINGERPRINT, name, self.scenario.policy)
-        call = Call(request, worker.services, lambda: str)
+        session = SessionOfCall(cast(Any, None), None, is_missing=True) if self.scenario.session else None
+        call = Call(request, worker.services, lambda: str, session=session)
+        WORLD.set(self)
         try:
             ended_by: BaseException | None = None
             try:
-                outcome = await perform(call, self._handler(name, worker), (), {})
+                outcome = await perform(call, handler_of(self, actor), (), {})
             except BaseException as error:
                 ended_by = error
                 raise
@@ -374,7 +445,7 @@ class World:
         except self.scenario.policy.record_failures as error:
             self.laws.answered(name, str(error), first_epoch=first_epoch)
             self.log.append(f"{name} is given the failure {error!r}")
-        except (HandlerFailedError, SoftLimitError) as error:
+        except (HandlerFailedError, DeadlockError, SoftLimitError) as error:
             self.laws.failed(name, superseded=actor.superseded and isinstance(error, HandlerFailedError))
             await worker.reach(Step("broker", "the handler failed: deliver again, by the broker's own rules", "before"))
             self.ready += 1
@@ -418,35 +489,6 @@ class World:
             tried_again=name in held._pending,  # noqa: SLF001 - no other way to see what it will try
         )
 
-    def _handler(self, name: str, worker: Worker) -> Callable[[], Coroutine[Any, Any, str]]:
-        async def handler() -> str:
-            claim = self.actors[name].claim = current_claim()
-            self.laws.handler_began(name, claim.fencing_token, taken_over=claim.taken_over)
-            behaviours, run = self.scenario.behaviours, self.runs
-            self.runs += 1
-            behaviour: Behaviour = behaviours[run] if run < len(behaviours) else "return"
-            if behaviour == "raise before its effect":
-                raise self._failure(name)
-            if behaviour == "retry":
-                await worker.reach(Step("handler", "publishes the message again", "before"))
-                self.ready += 1
-                raise RetryError
-            await worker.reach(Step("handler", "its effect", "before"))
-            self.laws.effect(name)
-            if behaviour == "raise":
-                raise self._failure(name)
-            await worker.reach(Step("handler", "returns", "before"))
-            self.laws.handler_returned(name)
-            self.actors[name].ran_until = self.clock()
-            return f"outcome of {name}"
-
-        return handler
-
-    def _failure(self, name: str) -> HandlerFailedError:
-        self.laws.handler_failed(name)
-        self.actors[name].ran_until = self.clock()
-        return HandlerFailedError(f"failure of {name}")
-
     # A person
 
     async def _person(self, what: Fault, name: str) -> None:
@@ -479,8 +521,10 @@ class World:
         before, epoch = self._last_seen, self.laws.epoch
         after = self._last_seen = run_sync(self.record.get(SCOPE, KEY))
         match verb:
-            case "claim" | "finish" | "release":
+            case "claim" | "finish" | "release" | "begin_step" | "finish_step":
                 owner = args[0].owner
+            case "decide":
+                owner = args[1].owner
             case "write_through":
                 owner = args[2].owner
             case "renew":
@@ -493,16 +537,47 @@ class World:
         if verb in ("finish", "write_through"):
             lived = verb == "finish" and self._lease_lived
             self.laws.finish_came(verb, owner, before, after, sent_at=self._sent_at, lease_lived=lived)
-        if verb in ("claim", "finish", "release"):
+        if verb in ("claim", "finish", "release", "decide"):
             self.laws.told(owner, after, self.clock())
+        if verb == "begin_step":
+            self.laws.step_began(owner, args[2], before, begun=isinstance(answer, StepBegun))
+        if verb == "finish_step" and isinstance(answer, Recorded):
+            self.laws.step_recorded(owner, args[2], before, args[3])
         if before != after:
             kept_alive = before is not None and self.scenario.beats_in_time and self._was_running(before)
             self.laws.record_changed(verb, owner, before, after, now=self.clock(), kept_alive=kept_alive)
             if self.laws.epoch > epoch:
                 self._decided.setdefault(self._going, epoch)
+            if verb in ("finish", "write_through") and after is not None and after.state in ENDED:
+                outcome = args[1] if verb == "finish" else args[2].outcome
+                self.laws.messages_recorded(owner, outcome.messages, len(self.scenario.messages))
+                if self.scenario.session and not self._in_session:
+                    self.laws.recorded_without_rows(owner)
+        if verb == "decide" and not isinstance(answer, Lost):
+            self.laws.decided(owner, args[0], before, reruns=isinstance(answer, Granted))
         if verb == "forget":  # also what is gone already: the marker may have outlived it
             self._decided[self._going] = self.laws.epoch - 1
         return answer
+
+    async def _session_command(self, verb: str, effect: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if verb != "commit_rows":
+            return await effect(*args, **kwargs)
+        self._in_session = True
+        answer = await self._record_command("finish", effect, args, kwargs)
+        self._in_session = False
+        self.laws.rows_committed(args[0].owner, args[2], self._last_seen)
+        return answer
+
+    async def _outbox_command(self, _verb: str, effect: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return await effect(*args, **kwargs)
+
+    def post(self, message: OutboxMessage) -> None:
+        """Send a message of an explored handler, as its sender."""
+        if "broker" in self.down:
+            self.log.append(f"message {message.number} is refused: the broker cannot be reached")
+            raise ConnectionRefusedError
+        self.log.append(f"message {message.number} is sent")
+        self.laws.sent(message)
 
     def _was_running(self, record: Record) -> bool:
         """Tell whether the record's handler had not returned when its lease ended."""
@@ -567,6 +642,8 @@ class World:
         """
         self.down.clear()
         self.log.append("--- from here on nothing goes wrong any more")
+        if self.database.commit_is_late:
+            self._roll_back()
         self._run_down()
         for what in self._unfinished[:]:  # a person who is told so, or is cut off, does it again once no lease lives
             self.clock.advance(LEASE + 0.001)
@@ -586,6 +663,7 @@ class World:
         else:
             raise Violation(Law.NOT_STUCK, f"{self.ready} copies are still put back after 12 leases")
         self._bring_what_is_pending()
+        self._relay()
         record = self._last_seen
         if "record lost" in self.scenario.faults:
             return  # and with it an outcome that all were given
@@ -604,10 +682,22 @@ class World:
         if self.laws.violation is not None:
             raise self.laws.violation
 
+    def _relay(self) -> None:
+        """Let a relay send what is left over: what waits after a failure too, and what a crash left leased."""
+        if not self.scenario.messages:
+            return
+        relay = Relay(self.record, Senders({"mail": self.post}), Announcer(()), Blocking())
+        for _ in range(2):
+            self.clock.advance(_LONGEST_SEND)
+            run_sync(relay.run(100, lambda: False))
+        self.laws.all_is_sent()
+        if self.laws.violation is not None:
+            raise self.laws.violation
+
     def _run_down(self) -> None:
         for _ in range(ACTORS_STEPS):
             if self.actors:
-                self.act(Action("go", next(iter(self.actors))))
+                self.act(Action("go", next(name for name, a in self.actors.items() if not self._waits_for_lock(a))))
                 continue
             due = [w for w in self.workers.values() if not w.dead and w.heartbeat.is_due(self.clock())]
             if not due:
@@ -628,6 +718,10 @@ class World:
             marker = (marker[0], str(numbers.get(marker[1].rpartition(" ")[2])))
         return state, marker, self.runs, self.ready, tuple(lives)
 
+    def _outbox_summary(self) -> tuple[Any, ...]:
+        waiting = self.record.outbox._keys.get((SCOPE, KEY), ())  # noqa: SLF001 - simulated by it
+        return tuple((each.message.id, each.due_at, each.owner is None) for each in waiting)
+
     def key(self) -> int:
         """Return a hash of all that the rest of this execution depends on."""
         standing = self.marker._markers.get((SCOPE, KEY))  # noqa: SLF001 - simulated by it
@@ -641,6 +735,7 @@ class World:
                 (tuple(self._unfinished), frozenset(self._decided.items())),
                 frozenset(late.summary() for late in self._on_their_way.values()),
                 (self.faults_left, frozenset(self.left.items())),
+                (self.database.locked_by, self.database.commit_is_late, self._outbox_summary()),
                 self.laws.summary(),
             )
         )
@@ -650,7 +745,9 @@ class _Watched:
     """A tier of which the laws see every command, before and after it takes effect."""
 
     def __init__(self, tier: Any, watch: Callable[..., Any]) -> None:
-        self.runtimes = tier.runtimes
+        self.runtimes: frozenset[RuntimeName] = getattr(
+            tier, "runtimes", frozenset()
+        )  # what belongs to a tier has none
         self._tier = tier
         self._watch = watch
 
