@@ -49,7 +49,7 @@ class Talk:
         step.start()
         try:
             yield step
-        except BaseException:
+        except BaseException:  # Ctrl-C too: what was under way is marked, and goes on
             step.stop()
             self._line("x" if ascii_only else "✗", "red", doing, began)
             raise

@@ -70,7 +70,7 @@ class KombuSender:
                     **self._of_transport(producer, mandatory),
                     **options,
                 )
-            except BaseException:
+            except BaseException:  # whatever struck: a confirmation may still come, and be taken for the next one's
                 self._disconnect()
                 raise
 
@@ -90,7 +90,7 @@ class KombuSender:
     def _disconnect(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # it is broken perhaps, and that may be anything of its transport
                 producer.connection.close()
 
     def close(self) -> None:

@@ -75,7 +75,7 @@ def transaction(connection: Connection) -> Iterator[None]:
     try:
         yield
         connection.exec_driver_sql("COMMIT")
-    except BaseException:
+    except BaseException:  # whatever struck: the connection goes back to its pool
         try:
             connection.exec_driver_sql("ROLLBACK")
         except SQLAlchemyError:

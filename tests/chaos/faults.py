@@ -133,7 +133,7 @@ class Faults:
             shop.ask_again(at_work.values())
             try:
                 # To its end also when the run is over: a shorter one would not be what it is told to be.
-                time.sleep(LEASE * (1.2 + fault.strength))
+                time.sleep(LEASE * (1.2 + fault.strength))  # the fault: paused for longer than its lease
             finally:
                 worker.resume()
             self._tell(fault, at, worker.name, f"{len(at_work)} at work", pids)

@@ -67,7 +67,7 @@ def test_a_message_that_no_queue_takes_stays(rabbitmq_url: str, sqlite_url: str,
         publishing(idem, "l", 2, routing_key="order.paid", mandatory=False)
         assert idem.relay().left == 1, "that one may be lost"
         Queue(unique_name, exchange, routing_key="order.#", channel=connection.default_channel).declare()
-        time.sleep(1.1)
+        time.sleep(1.1)  # a message that failed waits for a second
         assert idem.relay() == RelayReport(sent=1, failed=0, left=0)
         with closing(connection.SimpleQueue(Queue(unique_name, exchange, routing_key="order.#"))) as messages:
             assert messages.get(timeout=5).payload == 1

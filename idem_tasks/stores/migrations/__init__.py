@@ -69,7 +69,7 @@ def _alone(connection: Connection, name: str) -> Iterator[bool]:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         try:
             yield True
-        except BaseException:
+        except BaseException:  # whatever struck: the lock is that of this transaction
             connection.exec_driver_sql("ROLLBACK")
             raise
         connection.exec_driver_sql("COMMIT")
