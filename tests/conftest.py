@@ -11,6 +11,12 @@ settings.register_profile("busy machine", settings(), deadline=None, suppress_he
 settings.load_profile("busy machine")
 
 
+@pytest.hookimpl(trylast=True)  # after the order is shuffled
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes minutes, or one process would be at it alone when all others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     """Name the order that failed, which `-q` hides at the beginning."""
     seed = config.getoption("randomly_seed", None)

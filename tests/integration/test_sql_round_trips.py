@@ -125,7 +125,7 @@ def forget(use: StoreInUse, key: str) -> Callable[[], object]:
 @case
 def purge(use: StoreInUse, key: str) -> Callable[[], object]:
     use.finish(use.granted(key, lease=0.1, max_hold=0.1, retention=0.1))
-    use.driver.pause(0.15)
+    use.driver.pause(0.25)  # longer than max_hold and retention: this very record is there to be purged
     return use.purge
 
 
