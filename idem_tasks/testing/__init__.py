@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from idem_tasks.testing.driver import Driver
     from idem_tasks.testing.idempotent import aassert_idempotent, assert_idempotent
     from idem_tasks.testing.marker_contract import MarkerContract
+    from idem_tasks.testing.outbox_contract import OutboxContract
     from idem_tasks.testing.redelivery import crash_point
     from idem_tasks.testing.report import IdempotencyReport, ReportedPoint
     from idem_tasks.testing.step_contract import StepContract
@@ -23,6 +24,7 @@ __all__ = [
     "IdempotencyReport",
     "ManualClock",
     "MarkerContract",
+    "OutboxContract",
     "RecordTierContract",
     "ReportedPoint",
     "StepContract",
@@ -34,7 +36,10 @@ __all__ = [
 
 # Before the suites are imported: a failed assertion then shows its values.
 pytest.register_assert_rewrite(
-    "idem_tasks.testing.contract", "idem_tasks.testing.marker_contract", "idem_tasks.testing.step_contract"
+    "idem_tasks.testing.contract",
+    "idem_tasks.testing.marker_contract",
+    "idem_tasks.testing.outbox_contract",
+    "idem_tasks.testing.step_contract",
 )
 
 # Imported when they are first named: the pytest plugin is loaded in every run, also by those who use none of them.
@@ -43,6 +48,7 @@ _ON_DEMAND = {
     "IdempotencyReport": "report",
     "ManualClock": "clock",
     "MarkerContract": "marker_contract",
+    "OutboxContract": "outbox_contract",
     "RecordTierContract": "contract",
     "ReportedPoint": "report",
     "StepContract": "step_contract",

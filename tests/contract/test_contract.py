@@ -3,81 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
-import pytest
-
-from idem_tasks.stores.base import RecordTier, Store
-from idem_tasks.stores.memory import MemoryStore
-from idem_tasks.stores.memory_marker import MemoryMarker
-from idem_tasks.stores.redis import RedisStore
-from idem_tasks.stores.sql import SQLStore
-from idem_tasks.stores.tiered import TieredStore
-from idem_tasks.testing import ManualClock, RecordTierContract, StoreContract
-from idem_tasks.testing.driver import PATIENCE
+from idem_tasks.testing import RecordTierContract, StoreContract
+from tests.contract.stores import (
+    InMemory,
+    OnMariaDB,
+    OnMySQL,
+    OnPostgreSQL,
+    OnRedis,
+    OnRedisAndPostgreSQL,
+    OnRedisAndSQLite,
+    OnSQLite,
+    TieredInMemory,
+)
 from tests.services import fixtures
 
 
-class OnManualTime:
-    """For stores whose clock a test can move: nobody waits."""
-
-    @pytest.fixture
-    def clock(self) -> ManualClock:
-        return ManualClock()
-
-    @pytest.fixture
-    def pause(self, clock: ManualClock) -> Callable[[float], None]:
-        return clock.advance
-
-
-class TestMemory(OnManualTime, RecordTierContract):
+class TestMemory(InMemory, RecordTierContract):
     """`MemoryStore`."""
 
-    @pytest.fixture
-    def store(self, clock: ManualClock) -> RecordTier:
-        return MemoryStore(clock)
 
-
-class TestTieredInMemory(OnManualTime, StoreContract):
+class TestTieredInMemory(TieredInMemory, StoreContract):
     """`TieredStore` of a marker and records in memory."""
 
-    @pytest.fixture
-    def store(self, clock: ManualClock) -> Store:
-        return TieredStore(MemoryMarker(clock), MemoryStore(clock))
 
-
-class TestSQLite(RecordTierContract):
+class TestSQLite(OnSQLite, RecordTierContract):
     """`SQLStore` on a file."""
 
-    @pytest.fixture
-    def store(self, sqlite_url: str) -> RecordTier:
-        return SQLStore(sqlite_url)
+
+class TestPostgreSQL(OnPostgreSQL, RecordTierContract):
+    """`SQLStore` on PostgreSQL."""
 
 
-class TestPostgreSQL(RecordTierContract):
-    """`SQLStore` on PostgreSQL, with psycopg in both runtimes."""
-
-    @pytest.fixture
-    def store(self, postgres_database: str) -> RecordTier:
-        return SQLStore(postgres_database, create_schema=True)
-
-
-class TestMariaDB(RecordTierContract):
-    """`SQLStore` on MariaDB, with PyMySQL and asyncmy."""
-
-    @pytest.fixture
-    def store(self, mariadb_database: str) -> RecordTier:
-        return SQLStore(mariadb_database, create_schema=True)
+class TestMariaDB(OnMariaDB, RecordTierContract):
+    """`SQLStore` on MariaDB."""
 
 
 if fixtures.MYSQL_VARIABLE in os.environ:
 
-    class TestMySQL(RecordTierContract):
-        """`SQLStore` on MySQL, with PyMySQL and asyncmy."""
-
-        @pytest.fixture
-        def store(self, mysql_url: str) -> RecordTier:
-            return SQLStore(mysql_url, create_schema=True)
+    class TestMySQL(OnMySQL, RecordTierContract):
+        """`SQLStore` on MySQL."""
 
 else:
 
@@ -85,31 +50,13 @@ else:
         """MySQL is one line in the list of what was not run, instead of one for every promise."""
 
 
-class TestRedis(StoreContract):
+class TestRedis(OnRedis, StoreContract):
     """`RedisStore` as a whole store."""
 
-    keeps_ended = False
-    keeps_generations = False
-    keeps_audit = False
 
-    @pytest.fixture
-    def store(self, redis_url: str) -> Store:
-        return RedisStore(redis_url, socket_timeout=PATIENCE)
+class TestTieredRedisPostgreSQL(OnRedisAndPostgreSQL, StoreContract):
+    """`TieredStore` of Redis and PostgreSQL."""
 
 
-class TestTieredRedisPostgreSQL(StoreContract):
-    """`TieredStore` of Redis and PostgreSQL: the main road."""
-
-    @pytest.fixture
-    def store(self, redis_url: str, postgres_database: str) -> Store:
-        return TieredStore(
-            RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(postgres_database, create_schema=True)
-        )
-
-
-class TestTieredRedisSQLite(StoreContract):
+class TestTieredRedisSQLite(OnRedisAndSQLite, StoreContract):
     """`TieredStore` of Redis and a SQLite file."""
-
-    @pytest.fixture
-    def store(self, redis_url: str, sqlite_url: str) -> Store:
-        return TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(sqlite_url))

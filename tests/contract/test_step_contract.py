@@ -3,88 +3,45 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
-import pytest
-
-from idem_tasks.stores.base import Store
-from idem_tasks.stores.memory import MemoryStore
-from idem_tasks.stores.memory_marker import MemoryMarker
-from idem_tasks.stores.redis import RedisStore
-from idem_tasks.stores.sql import SQLStore
-from idem_tasks.stores.tiered import TieredStore
-from idem_tasks.testing import ManualClock, StepContract
-from idem_tasks.testing.driver import PATIENCE
+from idem_tasks.testing import StepContract
+from tests.contract.stores import (
+    InMemory,
+    OnMariaDB,
+    OnMySQL,
+    OnPostgreSQL,
+    OnRedisAndPostgreSQL,
+    OnSQLite,
+    TieredInMemory,
+)
 from tests.services import fixtures
 
 
-class OnManualTime(StepContract):
-    """For stores whose clock a test can move: nobody waits."""
-
-    @pytest.fixture
-    def clock(self) -> ManualClock:
-        return ManualClock()
-
-    @pytest.fixture
-    def pause(self, clock: ManualClock) -> Callable[[float], None]:
-        return clock.advance
-
-
-class TestMemory(OnManualTime):
+class TestMemory(InMemory, StepContract):
     """`MemoryStore`."""
 
-    @pytest.fixture
-    def store(self, clock: ManualClock) -> Store:
-        return MemoryStore(clock)
 
-
-class TestTieredInMemory(OnManualTime):
+class TestTieredInMemory(TieredInMemory, StepContract):
     """`TieredStore` of a marker and records in memory."""
 
-    @pytest.fixture
-    def store(self, clock: ManualClock) -> Store:
-        return TieredStore(MemoryMarker(clock), MemoryStore(clock))
 
-
-class TestSQLite(StepContract):
+class TestSQLite(OnSQLite, StepContract):
     """`SQLStore` on a file."""
 
-    @pytest.fixture
-    def store(self, sqlite_url: str) -> Store:
-        return SQLStore(sqlite_url)
+
+class TestPostgreSQL(OnPostgreSQL, StepContract):
+    """`SQLStore` on PostgreSQL."""
 
 
-class TestPostgreSQL(StepContract):
-    """`SQLStore` on PostgreSQL, with psycopg in both runtimes."""
-
-    @pytest.fixture
-    def store(self, postgres_database: str) -> Store:
-        return SQLStore(postgres_database, create_schema=True)
+class TestMariaDB(OnMariaDB, StepContract):
+    """`SQLStore` on MariaDB."""
 
 
-class TestMariaDB(StepContract):
-    """`SQLStore` on MariaDB, with PyMySQL and asyncmy."""
-
-    @pytest.fixture
-    def store(self, mariadb_database: str) -> Store:
-        return SQLStore(mariadb_database, create_schema=True)
+class TestTieredRedisPostgreSQL(OnRedisAndPostgreSQL, StepContract):
+    """`TieredStore` of Redis and PostgreSQL."""
 
 
 if fixtures.MYSQL_VARIABLE in os.environ:
 
-    class TestMySQL(StepContract):
-        """`SQLStore` on MySQL, with PyMySQL and asyncmy."""
-
-        @pytest.fixture
-        def store(self, mysql_url: str) -> Store:
-            return SQLStore(mysql_url, create_schema=True)
-
-
-class TestTieredRedisPostgreSQL(StepContract):
-    """`TieredStore` of Redis and PostgreSQL: the main road."""
-
-    @pytest.fixture
-    def store(self, redis_url: str, postgres_database: str) -> Store:
-        return TieredStore(
-            RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(postgres_database, create_schema=True)
-        )
+    class TestMySQL(OnMySQL, StepContract):
+        """`SQLStore` on MySQL."""

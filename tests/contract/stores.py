@@ -1,0 +1,106 @@
+"""The stores that keep contracts, each as a class that gives the fixture `store` to a suite beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from idem_tasks.stores.base import RecordTier, Store
+from idem_tasks.stores.memory import MemoryStore
+from idem_tasks.stores.memory_marker import MemoryMarker
+from idem_tasks.stores.redis import RedisStore
+from idem_tasks.stores.sql import SQLStore
+from idem_tasks.stores.tiered import TieredStore
+from idem_tasks.testing import ManualClock
+from idem_tasks.testing.driver import PATIENCE
+
+
+class OnManualTime:
+    """For stores whose clock a test can move: nobody waits."""
+
+    @pytest.fixture
+    def clock(self) -> ManualClock:
+        return ManualClock()
+
+    @pytest.fixture
+    def pause(self, clock: ManualClock) -> Callable[[float], None]:
+        return clock.advance
+
+
+class InMemory(OnManualTime):
+    """`MemoryStore`."""
+
+    @pytest.fixture
+    def store(self, clock: ManualClock) -> RecordTier:
+        return MemoryStore(clock)
+
+
+class TieredInMemory(OnManualTime):
+    """`TieredStore` of a marker and records in memory."""
+
+    @pytest.fixture
+    def store(self, clock: ManualClock) -> Store:
+        return TieredStore(MemoryMarker(clock), MemoryStore(clock))
+
+
+class OnSQLite:
+    """`SQLStore` on a file."""
+
+    @pytest.fixture
+    def store(self, sqlite_url: str) -> RecordTier:
+        return SQLStore(sqlite_url)
+
+
+class OnPostgreSQL:
+    """`SQLStore` on PostgreSQL, with psycopg in both runtimes."""
+
+    @pytest.fixture
+    def store(self, postgres_database: str) -> RecordTier:
+        return SQLStore(postgres_database, create_schema=True)
+
+
+class OnMariaDB:
+    """`SQLStore` on MariaDB, with PyMySQL and asyncmy."""
+
+    @pytest.fixture
+    def store(self, mariadb_database: str) -> RecordTier:
+        return SQLStore(mariadb_database, create_schema=True)
+
+
+class OnMySQL:
+    """`SQLStore` on MySQL, with PyMySQL and asyncmy."""
+
+    @pytest.fixture
+    def store(self, mysql_url: str) -> RecordTier:
+        return SQLStore(mysql_url, create_schema=True)
+
+
+class OnRedis:
+    """`RedisStore` as a whole store."""
+
+    keeps_ended = False
+    keeps_generations = False
+    keeps_audit = False
+
+    @pytest.fixture
+    def store(self, redis_url: str) -> Store:
+        return RedisStore(redis_url, socket_timeout=PATIENCE)
+
+
+class OnRedisAndPostgreSQL:
+    """`TieredStore` of Redis and PostgreSQL: the main road."""
+
+    @pytest.fixture
+    def store(self, redis_url: str, postgres_database: str) -> Store:
+        return TieredStore(
+            RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(postgres_database, create_schema=True)
+        )
+
+
+class OnRedisAndSQLite:
+    """`TieredStore` of Redis and a SQLite file."""
+
+    @pytest.fixture
+    def store(self, redis_url: str, sqlite_url: str) -> Store:
+        return TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(sqlite_url))
