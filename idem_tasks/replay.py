@@ -115,7 +115,15 @@ def value_of(call: Call, outcome: EncodedOutcome) -> Any:
     if outcome.state is State.FAILED:
         raise recorded_failure(call.policy, outcome)
     if outcome.body is not None:
-        return call.services.codec.decode(outcome.body, call.return_type(), call.context)
+        codec, before = call.services.codec, sys.exception()
+        try:
+            return codec.decode(outcome.body, call.return_type(), call.context)
+        except Exception as error:
+            struck = interruption_in(error, before)
+            if struck is not None:
+                # A soft limit, which the codec took for damaged bytes: that would be final, and the outcome is there.
+                raise struck from None
+            raise
     if outcome.not_kept == "skipped":
         return None
     reason = _REASONS.get(outcome.not_kept or "", "the reason is not known")
@@ -126,21 +134,29 @@ def value_of(call: Call, outcome: EncodedOutcome) -> Any:
 
 
 def _value_if_readable(call: Call, finished: Finished) -> Any:
+    if finished.outcome.state is State.FAILED:
+        return None
+    before = sys.exception()
     try:
         return value_of(call, finished.outcome)
-    except Exception:  # noqa: BLE001 - a failed or unreadable outcome has no value to show
+    except Exception as error:  # an outcome that was not kept, or is unreadable, has no value to show
+        if interruption_in(error, before) is not None:
+            raise
         return None
 
 
 def recorded_failure(policy: Policy, outcome: EncodedOutcome) -> Exception:
     """Rebuild a recorded failure as its own type, if the policy names exactly that type and its text survives."""
     error_type, message = outcome.error_type or "Exception", outcome.error_message or ""
+    before = sys.exception()
     for kind in policy.record_failures:
         if type_name(kind) == error_type:
             try:
                 rebuilt = kind(message)
                 if str(rebuilt) == message or rebuilt.args == (message,):
                     return rebuilt
-            except Exception:  # noqa: BLE001 - its constructor wants something else: replayed under its name then
+            except Exception as error:  # its constructor wants something else: replayed under its name then
+                if interruption_in(error, before) is not None:
+                    raise
                 break
     return ReplayedFailureError(error_type=error_type, error_message=message)

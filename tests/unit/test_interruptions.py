@@ -22,7 +22,7 @@ import pytest
 import idem_tasks
 from idem_tasks import RERUN, Idempotency, MemoryStore, Outcome, idempotent_task
 from idem_tasks.claims import State, current_claim
-from idem_tasks.errors import InDoubtError, OutcomeError, StoreUnavailableError
+from idem_tasks.errors import DuplicateError, InDoubtError, StoreUnavailableError
 from idem_tasks.events import EventName
 from idem_tasks.runtime import Blocking, register_interruption, run_sync
 from tests.unit.scripted import LEASE, Scripted, World, away, world_on
@@ -36,6 +36,10 @@ class SoftLimitError(Exception):
 
 
 register_interruption(SoftLimitError)
+
+
+class DeclinedError(Exception):
+    """A failure that is recorded."""
 
 
 class Striker:
@@ -152,24 +156,38 @@ def test_struck_at_any_line(
 
 
 @NEVER_BEGUN
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("on_duplicate", ["replay", "raise"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SoftLimitError])
 @pytest.mark.parametrize("tiers", [1, 2])
-def test_a_duplicate_struck_at_any_line(monkeypatch: pytest.MonkeyPatch, tiers: int) -> None:
-    """An interrupted duplicate neither runs nor changes the record."""
+def test_a_duplicate_struck_at_any_line(
+    monkeypatch: pytest.MonkeyPatch, tiers: int, kind: type[BaseException], on_duplicate: str, fails: bool
+) -> None:
+    """An interrupted duplicate neither runs nor changes the record, and what struck it comes out as itself."""
 
     def call(world: World) -> Callable[..., Any]:
-        charge = world.charge()
-        charge("A-1")
+        def handler(order: str) -> str:
+            world.effects.append(order)
+            if fails:
+                raise DeclinedError("no")
+            return "done"
+
+        task = world.task(handler, on_duplicate=on_duplicate, record_failures=(DeclinedError,))
+        with contextlib.suppress(DeclinedError):
+            task("A-1")
 
         def duplicate(order: str) -> None:
             world.effects[:] = ["A-1"]
-            charge("A-1")
+            with contextlib.suppress(DeclinedError, DuplicateError):
+                task("A-1")
             world.effects[:-1] = []
 
         return duplicate
 
-    for world, striker, raised in strike_everywhere(monkeypatch, tiers, KeyboardInterrupt, call):
-        assert raised is striker.error
-        assert (world.effects, world.state(), world.held()) == (["A-1"], State.COMPLETED, 0), striker.line
+    ending = State.FAILED if fails else State.COMPLETED
+    for world, striker, raised in strike_everywhere(monkeypatch, tiers, kind, call):
+        assert raised is striker.error, f"{raised!r} came out when struck at {striker.line}"
+        assert (world.effects, world.state(), world.held()) == (["A-1"], ending, 0), striker.line
 
 
 @NEVER_BEGUN
@@ -194,8 +212,6 @@ def test_whoever_asks_is_struck_at_any_line(
         where = striker.line
         if kind is SoftLimitError and isinstance(raised, InDoubtError):
             assert raised.__cause__ is striker.error, where  # it struck the function: a person finds the record
-        elif kind is SoftLimitError and isinstance(raised, OutcomeError):
-            assert world.state() is State.COMPLETED, where  # it struck the replay, as it may any duplicate's
         else:
             assert raised is striker.error, f"{raised!r} came out when struck at {where}"
         assert world.held() == 0, f"held on when struck at {where}"

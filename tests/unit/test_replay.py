@@ -92,6 +92,38 @@ def test_an_interruption_while_encoding_is_no_fault_of_the_value(kind: type[Base
     assert events == []
 
 
+@pytest.mark.parametrize("on_duplicate", ["replay", "raise"])
+def test_an_interruption_while_decoding_comes_out_as_itself(on_duplicate: str) -> None:
+    """A codec that takes it for damaged bytes does not make it final, nor an outcome that cannot be shown."""
+    struck = SystemExit()
+
+    class Struck:
+        name = "struck"
+
+        def decode(self, *_: Any) -> Any:
+            try:
+                raise struck
+            except SystemExit:
+                raise OutcomeError("damaged") from None
+
+    made = call(on_duplicate=on_duplicate)
+    object.__setattr__(made.services, "codec", Struck())
+    with pytest.raises(SystemExit) as raised:
+        replay(made, finished(EncodedOutcome(body=b"1", codec="struck")))
+    assert raised.value is struck
+
+
+def test_an_interruption_that_is_handled_already_is_not_raised_again() -> None:
+    """A duplicate within `except SystemExit:` whose outcome is damaged is told just that."""
+    try:
+        raise SystemExit
+    except SystemExit:
+        with pytest.raises(OutcomeError, match="cannot be decoded"):
+            replay(call(), finished(EncodedOutcome(body=b"{", codec="json")))
+        with pytest.raises(DuplicateError):
+            replay(call(on_duplicate="raise"), finished(EncodedOutcome(body=b"{", codec="json")))
+
+
 def test_a_reason_never_shows_a_value() -> None:
     """What a codec's error says of the value is not logged; its type is."""
 
