@@ -251,8 +251,8 @@ class Idempotency:
     ) -> Iterator[Record]:
         """Yield records in the order of scope and key, read in pages; those in `state` and `scope` if given.
 
-        `attention`: only those that a person should look at, in doubt, parked or failed. `after`: only those after
-        this scope and key. `limit`: so many at most.
+        `attention`: only those that a person should look at: in doubt, parked, failed, or overdue, which are running
+        ones whose lease is over. `after`: only those after this scope and key. `limit`: so many at most.
         """
         wanted = None if state is None else _state(state)
         store, left = self._store(), math.inf if limit is None else limit

@@ -41,7 +41,7 @@ def ls(
     state: Annotated[State | None, typer.Option(help="Only those in this state.")] = None,
     scope: Annotated[str | None, typer.Option(help="Only those of this scope.")] = None,
     attention: Annotated[
-        bool, typer.Option("--attention", help="Only those to look at: in doubt, parked or failed.")
+        bool, typer.Option("--attention", help="Only those to look at: in doubt, parked, failed or overdue.")
     ] = False,
     limit: Annotated[int, typer.Option(help="How many at most.", min=1, max=10_000)] = 50,
     cursor: Annotated[str | None, typer.Option(help="Where the page before ended, as it said.")] = None,

@@ -167,7 +167,8 @@ class Store(Protocol):
     ) -> list[Record]:
         """Return up to `limit` records in the order of scope and key, beginning after the given one.
 
-        `attention`: only those that a person should look at, in doubt, parked or failed.
+        `attention`: only those that a person should look at: in doubt, parked, failed, or overdue, which are running
+        ones whose lease is over.
         """
         ...
 

@@ -136,8 +136,11 @@ class _Row:
         left = max(self.expires_at - now, 0.0)
         return Finished(outcome, self.fingerprint, left, self.fencing_token, self.traceparent)
 
-    def as_record(self, now: float) -> Record:
+    def attention_at(self, now: float) -> str | None:
         overdue = self.state is State.RUNNING and not self.is_held(now)
+        return "overdue" if overdue else self.attention
+
+    def as_record(self, now: float) -> Record:
         return Record(
             scope=self.scope,
             key=self.key,
@@ -160,7 +163,7 @@ class _Row:
             updated_at=_datetime(self.updated_at),
             completed_at=None if self.completed_at is None else _datetime(self.completed_at),
             expires_at=_datetime(self.expires_at),
-            attention="overdue" if overdue else self.attention,
+            attention=self.attention_at(now),
             traceparent=self.traceparent,
         )
 
@@ -528,7 +531,7 @@ class MemoryStore:
                 if (state is None or row.state is state)
                 and (scope is None or row.scope == scope)
                 and (after is None or place > after)
-                and (row.attention is not None or not attention)
+                and (not attention or row.attention_at(now) is not None)
             )
             return [self._rows[place].as_record(now) for place in chosen[:limit]]
 

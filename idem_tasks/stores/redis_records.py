@@ -310,9 +310,11 @@ class RedisRecords:
             replies = await self._records.run_each(_READ, [(raw, ()) for _, raw in some])
             for (found, _), reply in zip(some, replies, strict=True):
                 row = _Row.read(reply)
-                wanted = state is None or row.state() is state
-                if row.fields and wanted and ("attention" in row.fields or not attention):
-                    chosen.append(row.record(*found))
+                if not row.fields or (state is not None and row.state() is not state):
+                    continue
+                record = row.record(*found)
+                if not attention or record.attention is not None:
+                    chosen.append(record)
         return chosen[:limit]
 
     async def stats(self) -> dict[State, int]:

@@ -266,7 +266,11 @@ class SQLStore:
         limit: int,
         attention: bool = False,
     ) -> list[Record]:
-        """Return up to `limit` records in the order of scope and key, by bytes, beginning after the given one."""
+        """Return up to `limit` records in the order of scope and key, by bytes, beginning after the given one.
+
+        By the states `in_doubt`, `parked` and `failed` it uses a small index. By another state, and by `attention`
+        alone, which counts overdue ones in, it reads the records of the scope if one is given, or else the table.
+        """
         return await self._run(sql_admin.records, state, scope, after, limit, attention)
 
     async def stats(self) -> dict[State, int]:

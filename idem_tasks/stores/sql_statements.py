@@ -380,8 +380,8 @@ class Statements:
 
     def _make_admin(self) -> None:
         c = self._columns
-        overdue = and_(c.state == State.RUNNING, c.lease_expires_at <= now())
-        attention = case((overdue, "overdue"), else_=c.attention).label("attention")
+        self._overdue = and_(c.state == State.RUNNING, c.lease_expires_at <= now())
+        attention = case((self._overdue, "overdue"), else_=c.attention).label("attention")
         self._all = select(*(attention if each is c.attention else each for each in c))
         self.get = self._all.where(self.at_place)
         unchanged = and_(
@@ -447,11 +447,13 @@ class Statements:
         """Return the statement for one page of a listing.
 
         There is no index on the state. Those that wait for a person have it as `attention` too, which has a small one.
+        Overdue ones have not: nobody was there to write it, and an index that finds them would make each finish
+        dearer. So "any" reads the records of the scope, or all.
         """
         c = self._columns
         page = self._all.order_by(c.scope, c.key).limit(bindparam("limit", type_=Integer()))
         if by_attention == "any":
-            page = page.where(c.attention.is_not(None))
+            page = page.where(or_(c.attention.is_not(None), self._overdue))
         elif by_attention == "state":
             page = page.where(c.attention == bindparam("in_state"))
         if by_state:

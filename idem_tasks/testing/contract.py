@@ -1157,6 +1157,30 @@ class StoreContract(StoreSuite):
             "in_doubt"
         ]
 
+    def test_overdue_records_want_attention(self, use: StoreInUse) -> None:
+        """Whoever looks after records is shown those that run past their lease, until somebody has seen to them."""
+        use.granted("held")
+        overdue = {key: use.granted(key, lease=SHORT) for key in ("finished", "overdue", "taken over")}
+        use.release(use.granted("parked", max_attempts=1), failed=True)
+        use.let_expire(overdue["taken over"])
+        found = [(record.key, record.attention) for record in self.page(use, attention=True)]
+        assert found == [
+            ("finished", "overdue"),
+            ("overdue", "overdue"),
+            ("parked", "parked"),
+            ("taken over", "overdue"),
+        ]
+        assert [record.key for record in self.page(use, attention=True, limit=1)] == ["finished"]
+        assert [record.key for record in self.page(use, attention=True, after=(use.scope, "overdue"))] == [
+            "parked",
+            "taken over",
+        ]
+        use.finish(overdue["finished"])
+        use.granted("taken over")
+        assert [record.key for record in self.page(use, attention=True, state=State.RUNNING)] == ["overdue"]
+        assert [record.key for record in self.page(use, attention=True)] == ["overdue", "parked"]
+        assert [record.key for record in self.page(use, state=State.RUNNING)] == ["held", "overdue", "taken over"]
+
     def test_records_without_a_scope_are_those_of_all(self, use: StoreInUse) -> None:
         """Paging goes on from one scope to the next."""
         other = use.scope + ".b"

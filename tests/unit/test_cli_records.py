@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def test_ls_in_a_pipe_is_tab_separated_and_whole() -> None:
 def test_ls_lists_what_is_wanted(wanted: list[str], keys: list[str]) -> None:
     """By state, by scope, or what waits for a person."""
     assert [each["key"] for each in document("ls", *wanted)["data"]] == keys
+
+
+def test_ls_shows_what_is_overdue(url: str) -> None:
+    """A running record whose worker died, and whose message did not come again, is there for a person to find."""
+    with closing(sqlite3.connect(make_url(url).database or "")) as connection:
+        connection.execute("UPDATE idem_tasks_records SET lease_expires_at = '2020-01-01 00:00:00.000'")
+        connection.commit()
+    found = [(each["key"], each["attention"]) for each in document("ls", "--attention")["data"]]
+    assert found == [("order-1", "in_doubt"), ("order-3", "overdue"), ("order-4", "parked")]
 
 
 def test_ls_goes_on_where_it_ended() -> None:
