@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from idem_tasks.asking import HOLD, RERUN, Outcome
-from idem_tasks.claims import AuditEntry, Claim, DeadClaim, OutboxMessage, Record, State, current_claim
+from idem_tasks.claims import AuditEntry, Claim, DeadClaim, OutboxMessage, Record, State, StepRecord, current_claim
 from idem_tasks.config import configure
 from idem_tasks.decorator import IdempotentFunction, idempotency_of, idempotent_task
 from idem_tasks.errors import (
@@ -71,6 +71,7 @@ __all__ = [  # noqa: RUF022 - in groups, in the order in which a reader needs th
     "RedisStore",
     "SQLStore",
     "State",
+    "StepRecord",
     "Store",
     "TieredStore",
     "store_from_url",

@@ -321,6 +321,23 @@ class Record:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One step of a record as people see it; of its outcome only the size and the codec.
+
+    `finished_at` is None for a step that was begun, and of which nobody knows what came. `outcome_bytes` is None where
+    no outcome is kept; `not_kept` then says why, if it is finished. Datetimes are aware, in UTC, by the store's clock.
+    """
+
+    position: int
+    name: str
+    started_at: datetime
+    finished_at: datetime | None
+    outcome_bytes: int | None
+    codec: str | None
+    not_kept: NotKept | None
+
+
 Action = Literal["resolve", "fail", "rerun", "forget", "answer"]
 """What a person does with a record; `answer` is what a function given as `on_crash` does."""
 

@@ -23,6 +23,7 @@ from idem_tasks.claims import (
     EncodedOutcome,
     Record,
     State,
+    StepRecord,
     new_owner,
     person_name,
     process_name,
@@ -36,7 +37,7 @@ from idem_tasks.outcomes import UNANNOTATED, Codec, JsonCodec, OutcomeContext, r
 from idem_tasks.policy import Policy, PolicyFields
 from idem_tasks.runtime import Asyncio, Blocking, HandlerStopIteration, run_sync
 from idem_tasks.stores import store_from_urls
-from idem_tasks.stores.base import RuntimeName, Store
+from idem_tasks.stores.base import RuntimeName, Store, steps_of
 from idem_tasks.task import perform
 
 T = TypeVar("T")
@@ -193,6 +194,13 @@ class Idempotency:
         """Return the record, or None."""
         return run_sync(self._store().get(check_scope(scope, stored=True), check_key(key, stored=True)))
 
+    def steps(self, scope: str, key: object) -> list[StepRecord]:
+        """Return the steps of a record in the order in which its handler begins them, without their outcomes.
+
+        An empty list where there is no record, and where the store keeps no steps (Redis alone).
+        """
+        return run_sync(self._steps(self._store(), scope, key))
+
     def forget(
         self,
         scope: str,
@@ -319,6 +327,10 @@ class Idempotency:
         """As `get`."""
         return await self._astore().get(check_scope(scope, stored=True), check_key(key, stored=True))
 
+    async def asteps(self, scope: str, key: object) -> list[StepRecord]:
+        """As `steps`."""
+        return await self._steps(self._astore(), scope, key)
+
     async def aforget(
         self,
         scope: str,
@@ -442,6 +454,9 @@ class Idempotency:
             policy=policy,
             holder=process_name(),
         )
+
+    async def _steps(self, store: Store, scope: str, key: object) -> list[StepRecord]:
+        return await steps_of(store, check_scope(scope, stored=True), check_key(key, stored=True))
 
     async def _forget(
         self, store: Store, scope: str, key: object, expect_token: int | None, reason: str | None, actor: str | None

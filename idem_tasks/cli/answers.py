@@ -32,10 +32,10 @@ class Answer:
         self.command = command
         self.as_json = as_json
 
-    def document(self, data: Any, next_cursor: str | None = None) -> None:
+    def document(self, data: Any, next_cursor: str | None = None, warnings: Sequence[str] = ()) -> None:
         """Print the one JSON document."""
         head = {"schema": _SCHEMA, "command": self.command, "generated_at": instant(datetime.now(UTC))}
-        _write_json(head | {"data": data, "next": next_cursor, "warnings": []})
+        _write_json(head | {"data": data, "next": next_cursor, "warnings": list(warnings)})
 
     def rows(self, names: Sequence[str], rows: Sequence[Row], *, short: Sequence[tuple[str, str]]) -> None:
         """Print a listing: on a terminal the `short` columns (name, title), in a pipe all of them, whole."""
@@ -56,6 +56,11 @@ class Answer:
         for name, value in fields.items():
             table.add_row(Text(name, style="bold"), Text(_in_one_line(value), overflow="fold"))
         terminal.data().print(table)
+
+    def gap(self) -> None:
+        """Print an empty line between two tables."""
+        sys.stdout.write("\n")
+        sys.stdout.flush()
 
     def say(self, text: str) -> None:
         """Tell something that is no data."""

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from idem_tasks.claims import AuditEntry, Record, State
+from idem_tasks.claims import AuditEntry, Record, State, StepRecord
 from idem_tasks.cli.answers import Answer, instant, no_record, span
 from idem_tasks.cli.where import on_a_store
+from idem_tasks.errors import StoreConfigurationError
 from idem_tasks.idempotency import Idempotency
 
 Scope = Annotated[str, typer.Argument(help="The scope, such as the Celery task's name.", show_default=False)]
@@ -26,6 +27,11 @@ _LISTED = (
 _SHORT = (
     *(("scope", "SCOPE"), ("key", "KEY"), ("state", "STATE"), ("attempts", "ATT"), ("crashes", "CRASH")),
     *(("holder", "HOLDER"), ("age", "CHANGED"), ("lease", "LEASE")),
+)
+_STEP = tuple(field.name for field in fields(StepRecord))
+_STEP_SHORT = (
+    *(("position", "STEP"), ("name", "NAME"), ("begun", "BEGUN"), ("finished", "FINISHED")),
+    ("outcome", "OUTCOME"),
 )
 _AUDITED = tuple(field.name for field in fields(AuditEntry))
 _AUDITED_SHORT = (
@@ -70,17 +76,34 @@ def show(
     key: Key,
     outcome: Annotated[bool, typer.Option("--outcome", help="Show the outcome too, as it is stored.")] = False,
 ) -> None:
-    """Show one record: every column; its outcome only if asked for, because it may be somebody's data."""
+    """Show one record, every column, and its steps; its outcome only if asked for: it may be somebody's data."""
     record = idempotency.get(scope, key)
     if record is None:
         raise no_record(scope, key)
+    steps, warnings = _steps(idempotency, scope, key)
     if answer.as_json:
-        answer.document(as_json(record, with_outcome=outcome))
+        answer.document(
+            as_json(record, with_outcome=outcome) | {"steps": [_step_as_json(step) for step in steps]},
+            warnings=warnings,
+        )
         return
     shown = {field.name: _text(getattr(record, field.name)) for field in fields(Record)}
     if record.outcome is not None:
         shown["outcome"] = _readable(record.outcome) if outcome else f"{len(record.outcome)} bytes, hidden: --outcome"
     answer.fields(shown)
+    if steps:
+        answer.gap()
+        answer.rows(_STEP, [_step_row(step) for step in steps], short=_STEP_SHORT)
+    for warning in warnings:
+        answer.say(warning)
+
+
+def _steps(idempotency: Idempotency, scope: str, key: str) -> tuple[list[StepRecord], list[str]]:
+    """Return the record's steps, or why they cannot be told: the record itself is seen all the same."""
+    try:
+        return idempotency.steps(scope, key), []
+    except StoreConfigurationError as error:  # a database of an older version, without the table
+        return [], [f"its steps are not known: {error}"]
 
 
 @on_a_store
@@ -118,11 +141,17 @@ def as_json(record: Record, *, with_outcome: bool = False) -> dict[str, Any]:
     return told | {"outcome": outcome, "error": error}
 
 
+def _step_as_json(step: StepRecord) -> dict[str, Any]:
+    """Return a step as the JSON documents have it, its outcome as that of a record."""
+    told = {field.name: _plain(getattr(step, field.name)) for field in fields(StepRecord)}
+    size, codec, reason = (told.pop(name) for name in ("outcome_bytes", "codec", "not_kept"))
+    return told | {"outcome": {"kept": size is not None, "codec": codec, "bytes": size, "reason": reason}}
+
+
 def _row(record: Record) -> dict[str, str]:
     row = {name: _text(getattr(record, name)) for name in _LISTED}
-    now = datetime.now(UTC)
-    row["age"] = f"{span(max((now - record.updated_at).total_seconds(), 0))} ago"
-    left = (record.lease_expires_at - now).total_seconds()
+    row["age"] = _ago(record.updated_at)
+    left = (record.lease_expires_at - datetime.now(UTC)).total_seconds()
     match record.state:
         case State.RUNNING:
             row["lease"] = "over" if record.attention == "overdue" else f"{span(max(left, 0))} left"
@@ -131,6 +160,17 @@ def _row(record: Record) -> dict[str, str]:
         case _:
             row["lease"] = ""
     return row
+
+
+def _step_row(step: StepRecord) -> dict[str, str]:
+    row = {name: _text(getattr(step, name)) for name in _STEP}
+    kept = f"{step.outcome_bytes} bytes, {step.codec}" if step.outcome_bytes is not None else _text(step.not_kept)
+    finished = "" if step.finished_at is None else _ago(step.finished_at)
+    return row | {"begun": _ago(step.started_at), "finished": finished, "outcome": kept}
+
+
+def _ago(time: datetime) -> str:
+    return f"{span(max((datetime.now(UTC) - time).total_seconds(), 0))} ago"
 
 
 def _plain(value: object) -> Any:

@@ -36,6 +36,7 @@ from idem_tasks.claims import (
     State,
     StepBegun,
     StepFinished,
+    StepRecord,
     StepsDiffer,
 )
 from idem_tasks.errors import ConfigurationError, ConflictError
@@ -498,6 +499,10 @@ class StepJournal(Protocol):
         """
         ...
 
+    async def steps(self, scope: str, key: str) -> list[StepRecord]:
+        """Return the steps of the record's generation in their order, for people; none where there is no record."""
+        ...
+
 
 def journal_of(store: Store) -> StepJournal:
     """Return the store as what keeps steps; raises `ConfigurationError` if it does not."""
@@ -507,3 +512,8 @@ def journal_of(store: Store) -> StepJournal:
             "so give a database_url"
         )
     return cast(StepJournal, store)
+
+
+async def steps_of(store: Store, scope: str, key: str) -> list[StepRecord]:
+    """Return the steps that the store keeps of this record: none if it keeps no steps at all."""
+    return await journal_of(store).steps(scope, key) if hasattr(store, "begin_step") else []

@@ -31,6 +31,7 @@ from idem_tasks.claims import (
     State,
     StepBegun,
     StepFinished,
+    StepRecord,
     StepsDiffer,
     action_of,
     new_owner,
@@ -57,10 +58,24 @@ _MESSAGE_LIMIT = 2000
 
 @dataclass(slots=True)
 class _Step:
-    """One step that a handler began; its outcome once it is finished."""
+    """One step that a handler began; its outcome once it is finished. Times are seconds since the epoch."""
 
     name: str
+    started_at: float
+    finished_at: float | None = None
     outcome: EncodedOutcome | None = None
+
+    def as_record(self, position: int) -> StepRecord:
+        outcome = self.outcome or EncodedOutcome()
+        return StepRecord(
+            position=position,
+            name=self.name,
+            started_at=_datetime(self.started_at),
+            finished_at=None if self.finished_at is None else _datetime(self.finished_at),
+            outcome_bytes=None if outcome.body is None else len(outcome.body),
+            codec=outcome.codec,
+            not_kept=outcome.not_kept,
+        )
 
 
 @dataclass(slots=True)
@@ -390,10 +405,14 @@ class MemoryStore:
             row = self._rows.get((lease.scope, lease.key))
             if row is None or row.state is not State.RUNNING or not row.obeys(lease.owner, lease.fencing_token):
                 return Lost()
-            step = row.steps.setdefault(position, _Step(name))
+            now = self._clock()
+            step = row.steps.setdefault(position, _Step(name, now))
             if step.name != name:
                 return StepsDiffer(tuple(row.steps[at].name for at in sorted(row.steps)))
-            return StepBegun() if step.outcome is None else StepFinished(step.outcome)
+            if step.outcome is not None:
+                return StepFinished(step.outcome)
+            step.started_at = now
+            return StepBegun()
 
     async def finish_step(
         self, lease: Lease, position: int, name: str, outcome: EncodedOutcome
@@ -403,10 +422,17 @@ class MemoryStore:
             row = self._rows.get((lease.scope, lease.key))
             if row is None or row.state not in _FENCED or not row.obeys(lease.owner, lease.fencing_token):
                 return Lost()
-            step = row.steps.setdefault(position, _Step(name))
+            now = self._clock()
+            step = row.steps.setdefault(position, _Step(name, now))
             if step.outcome is None:
-                step.outcome = outcome
+                step.outcome, step.finished_at = outcome, now
             return Recorded() if step.outcome == outcome else StepFinished(step.outcome)
+
+    async def steps(self, scope: str, key: str) -> list[StepRecord]:
+        """Return the steps of the record's generation in their order."""
+        with self._lock:
+            row = self._rows.get((scope, key))
+            return [] if row is None else [row.steps[at].as_record(at) for at in sorted(row.steps)]
 
     async def write_through(self, scope: str, key: str, pending: MarkerPending, retention: float) -> bool:
         """Record a pending outcome under the fence of the claim that made it; never inserts."""

@@ -29,6 +29,7 @@ from idem_tasks.claims import (
     State,
     StepBegun,
     StepFinished,
+    StepRecord,
     StepsDiffer,
     new_owner,
 )
@@ -221,6 +222,10 @@ class SQLStore:
     ) -> Recorded | StepFinished | Lost:
         """Write the step's outcome unless it has one: one round trip (on MySQL two) and one commit."""
         return await self._run(sql_steps.finish, lease, position, name, outcome)
+
+    async def steps(self, scope: str, key: str) -> list[StepRecord]:
+        """Return the steps of the record's generation in their order: one round trip, and no outcome is read."""
+        return await self._run(sql_steps.steps, scope, key)
 
     async def write_through(self, scope: str, key: str, pending: MarkerPending, retention: float) -> bool:
         """Record a pending outcome under the fence of the claim that made it; never inserts."""

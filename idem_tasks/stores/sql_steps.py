@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, TypeAlias
 
-from sqlalchemy import ColumnElement, Connection, Integer, and_, bindparam, case, select
+from sqlalchemy import ColumnElement, Connection, Integer, and_, bindparam, case, func, select
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.sql.dml import Insert
 
@@ -21,6 +21,7 @@ from idem_tasks.claims import (
     Recorded,
     StepBegun,
     StepFinished,
+    StepRecord,
     StepsDiffer,
 )
 from idem_tasks.stores.sql_claims import fence, place
@@ -54,6 +55,11 @@ def finish(
         return Lost()
     stands = _outcome(row)
     return Recorded() if stands == outcome else StepFinished(stands)
+
+
+def steps(sql: Statements, connection: Connection, scope: str, key: str) -> list[StepRecord]:
+    """Return the steps of the record's generation in their order."""
+    return [StepRecord(**row._asdict()) for row in connection.execute(statements_for(sql).listed, place(scope, key))]
 
 
 def _at(lease: Lease, position: int, name: str) -> dict[str, Any]:
@@ -92,6 +98,10 @@ class StepStatements:
         )
         self.names = select(c.name).select_from(steps).where(sql.at_place).order_by(c.position)
         """The names of all steps of the record's generation, in their order."""
+        size = func.length(c.outcome, type_=Integer()).label("outcome_bytes")
+        shown = (c.position, c.name, c.started_at, c.finished_at, size, c.codec, c.not_kept)
+        self.listed = select(*shown).select_from(steps).where(sql.at_place).order_by(c.position)
+        """The same steps as people see them."""
         self.read = select(*self._answer).select_from(steps).where(sql.at_fence, c.position == _AT_POSITION)
         """For MySQL, which has no RETURNING."""
 

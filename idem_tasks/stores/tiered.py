@@ -29,6 +29,7 @@ from idem_tasks.claims import (
     State,
     StepBegun,
     StepFinished,
+    StepRecord,
     StepsDiffer,
 )
 from idem_tasks.errors import IdemTasksError, StoreConfigurationError, StoreError, StoreUnavailableError
@@ -47,6 +48,7 @@ from idem_tasks.stores.base import (
     journal_of,
     outbox_of,
     sql_records,
+    steps_of,
     transaction_of,
 )
 
@@ -251,6 +253,10 @@ class TieredStore:
     ) -> Recorded | StepFinished | Lost:
         """Finish a step in the record's journal."""
         return await journal_of(self._record).finish_step(lease, position, name, outcome)
+
+    async def steps(self, scope: str, key: str) -> list[StepRecord]:
+        """Return the steps in the record's journal; none if it has no journal."""
+        return await steps_of(self._record, scope, key)
 
     async def get(self, scope: str, key: str) -> Record | None:
         """Return the record."""

@@ -227,6 +227,68 @@ class StepContract(StoreSuite):
         assert use.begin_step(again) == StepBegun()
         assert use.begin_step(other) == StepFinished(DONE)
 
+    def test_steps_are_listed_in_their_order(self, use: StoreInUse) -> None:
+        """Whoever looks sees how far a handler came, and of each outcome its size and codec, but not what is in it."""
+        assert use.steps() == []
+        lease = use.granted()
+        assert use.steps() == []
+        kept = {
+            1: DONE,
+            2: EncodedOutcome(body=b"", codec="own"),
+            3: EncodedOutcome(not_kept="too_large"),
+            10: EncodedOutcome(body="\u00e9".encode() * 1000, codec="json"),
+        }
+        for position, outcome in kept.items():
+            use.begin_step(lease, position, f"step {position}")
+            use.finish_step(lease, outcome, position, f"step {position}")
+        use.begin_step(lease, 11, "ch\u00e4rge")
+        use.begin_step(use.granted("other"))
+        told = [(each.position, each.name, each.outcome_bytes, each.codec, each.not_kept) for each in use.steps()]
+        assert told == [
+            (1, "step 1", len(DONE.body or b""), "json", None),
+            (2, "step 2", 0, "own", None),
+            (3, "step 3", None, None, "too_large"),
+            (10, "step 10", 2000, "json", None),
+            (11, "ch\u00e4rge", None, None, None),
+        ]
+        assert [each.position for each in use.steps() if each.finished_at is None] == [11]
+
+    def test_a_step_says_when_it_was_begun_last_and_when_finished(self, use: StoreInUse) -> None:
+        """By the store's clock; a finished step that is begun again, or finished again, keeps its times."""
+        first = use.granted(lease=SHORT)
+        use.begin_step(first)
+        [begun] = use.steps()
+        second = use.taken_over()
+        use.begin_step(second)
+        [again] = use.steps()
+        assert begun.started_at < again.started_at
+        assert again.finished_at is None
+        use.finish_step(second)
+        [finished] = use.steps()
+        assert finished.finished_at is not None
+        assert finished.started_at == again.started_at <= finished.finished_at
+        assert abs((finished.finished_at - use.record().updated_at).total_seconds()) < 60
+        use.driver.pause(0.1)
+        use.begin_step(second)
+        use.finish_step(second, OTHER)
+        assert use.steps() == [finished]
+
+    def test_only_the_steps_of_this_generation_are_listed(self, use: StoreInUse) -> None:
+        """Not those from before the record was claimed afresh or forgotten; once it has ended they are still there."""
+        lease = use.granted(lease=0.1, max_hold=0.1, retention=0.1)
+        use.begin_step(lease)
+        use.finish_step(lease)
+        use.finish(lease)
+        assert [step.name for step in use.steps()] == ["charge"]
+        use.driver.pause(0.4)
+        afresh = use.granted()
+        assert use.steps() == []
+        use.begin_step(afresh, 1, "mail")
+        assert [step.name for step in use.steps()] == ["mail"]
+        use.release(afresh)
+        use.forget()
+        assert use.steps() == []
+
     def test_many_finishes_at_once_agree(self, use: StoreInUse) -> None:
         """Whichever is first stands, and all hear of it: one outcome is seen by everybody (F21)."""
         lease, journal = use.granted(), journal_of(use.store)

@@ -23,6 +23,7 @@ from idem_tasks.claims import (
     State,
     StepBegun,
     StepFinished,
+    StepRecord,
     StepsDiffer,
     new_owner,
 )
@@ -126,6 +127,9 @@ class StoreInUse:
         self, lease: Lease, outcome: EncodedOutcome = DONE, position: int = 1, name: str = "charge"
     ) -> Recorded | StepFinished | Lost:
         return self.driver(journal_of(self.store).finish_step(lease, position, name, outcome))
+
+    def steps(self, key: str = "key") -> list[StepRecord]:
+        return self.driver(journal_of(self.store).steps(self.scope, key))
 
     def renew(self, *leases: Lease) -> frozenset[str]:
         return self.driver(self.store.renew(leases, lambda _owner: True))

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from idem_tasks import Idempotency, Policy, Record, SQLStore, State
+from idem_tasks import Idempotency, Policy, Record, SQLStore, State, current_claim
 from idem_tasks.claims import ClaimRequest, person_name
 from idem_tasks.runtime import run_sync
 from tests.unit.test_cli import idem_tasks
@@ -180,6 +180,70 @@ def test_show_has_every_column() -> None:
     assert [line.split("\t")[0] for line in lines] == ["field", *Record.__dataclass_fields__]
 
 
+def charge_and_mail() -> None:
+    claim = current_claim()
+    claim.step("charge", str.upper, "receipt 17")
+    claim.step("mail", no_answer)
+
+
+@pytest.fixture
+def stepped(url: str) -> str:
+    """A database with one more record, whose handler died in its second step."""
+    with Idempotency.from_urls(database_url=url) as idempotency, pytest.raises(TimeoutError):
+        idempotency.run(charge_and_mail, scope=SCOPE, key="order-5", policy=Policy(on_crash="hold"))
+    return url
+
+
+@pytest.mark.usefixtures("stepped")
+def test_show_lists_the_steps() -> None:
+    """A table below the columns, in the order of the steps: which are finished, and what there is of an outcome."""
+    done = run("show", SCOPE, "order-5", "--outcome")
+    assert (done.returncode, done.stderr) == (0, "")
+    _, _, steps = golden(done.stdout).partition("\n\n")
+    assert steps == (
+        "position\tname\tstarted_at\tfinished_at\toutcome_bytes\tcodec\tnot_kept\n"
+        "1\tcharge\tTIME\tTIME\t12\tjson\t\n"
+        "2\tmail\tTIME\t\t\t\t\n"
+    )
+    assert "RECEIPT" not in done.stdout
+
+
+@pytest.mark.usefixtures("stepped")
+def test_the_steps_as_json() -> None:
+    """Each with its outcome described as a record's is; a record without steps has an empty list."""
+    told = document("show", SCOPE, "order-5", "--outcome")["data"]["steps"]
+    assert json.loads(golden(json.dumps(told))) == [
+        {
+            "position": 1,
+            "name": "charge",
+            "started_at": "TIME",
+            "finished_at": "TIME",
+            "outcome": {"kept": True, "codec": "json", "bytes": 12, "reason": None},
+        },
+        {
+            "position": 2,
+            "name": "mail",
+            "started_at": "TIME",
+            "finished_at": None,
+            "outcome": {"kept": False, "codec": None, "bytes": None, "reason": None},
+        },
+    ]
+    assert document("show", SCOPE, "order-1")["data"]["steps"] == []
+
+
+def test_show_needs_no_table_of_steps(url: str) -> None:
+    """In a database of an older version the record is shown, with a word that its steps are not known."""
+    with closing(sqlite3.connect(make_url(url).database or "")) as connection:
+        connection.execute("DROP TABLE idem_tasks_steps")
+    done = run("show", SCOPE, "order-1")
+    assert (done.returncode, "state\tin_doubt\n" in done.stdout) == (0, True)
+    assert done.stderr.startswith("its steps are not known: ")
+    assert "idem-tasks init-db" in done.stderr
+    told = document("show", SCOPE, "order-1")
+    assert (told["data"]["state"], told["data"]["steps"]) == ("in_doubt", [])
+    assert told["warnings"][0].startswith("its steps are not known: ")
+
+
 def test_keys_cannot_forge_lines(url: str) -> None:
     """A tab or a line break in a key stays in its cell."""
     with Idempotency.from_urls(database_url=url) as idempotency:
@@ -275,9 +339,12 @@ def test_without_a_terminal_it_needs_a_yes(url: str, command: list[str]) -> None
 
 
 def on_a_terminal(
-    url: str, command: list[str], answer: str, meanwhile: Callable[[], object] = lambda: None
+    url: str, command: list[str], answer: str | None, meanwhile: Callable[[], object] = lambda: None
 ) -> tuple[int, str]:
-    """Run a command that asks, let something happen while it waits, and answer; returns its exit code and its words."""
+    """Run a command that asks, let something happen while it waits, and answer; returns its exit code and its words.
+
+    None as `answer`: it does not ask.
+    """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "idem_tasks", "--no-color", *command],
@@ -300,8 +367,16 @@ def on_a_terminal(
             asked = True
     os.close(ours)
     code = process.wait(timeout=30)
-    assert asked, seen
+    assert asked is (answer is not None), seen
     return code, " ".join(seen.split())
+
+
+def test_on_a_terminal_the_steps_fit(stepped: str) -> None:
+    """In 80 columns, nothing is cut off."""
+    code, said = on_a_terminal(stepped, ["show", SCOPE, "order-5"], None)
+    assert code == 0
+    steps = re.sub(r"\d+ (s|min) ago", "AGO", re.sub(r"\x1b\[\d*m", "", said).partition(" STEP ")[2])
+    assert steps == "NAME BEGUN FINISHED OUTCOME 1 charge AGO AGO 12 bytes, json 2 mail AGO"
 
 
 @pytest.mark.parametrize("answer, code, state", [("y", 0, State.RELEASED), ("n", 4, State.IN_DOUBT)])
@@ -459,6 +534,8 @@ def test_records_in_redis(redis_url: str) -> None:
         idempotency.run(no_answer, scope=SCOPE, key="r-1", policy=Policy(on_crash="hold"))
     where = ["--redis-url", redis_url]
     assert [each["key"] for each in json.loads(idem_tasks("ls", "--json", *where).stdout)["data"]] == ["r-1"]
+    shown = json.loads(idem_tasks("show", SCOPE, "r-1", "--json", *where).stdout)
+    assert (shown["data"]["steps"], shown["warnings"]) == ([], [])
     assert idem_tasks("resolve", SCOPE, "r-1", "--outcome", "17", "--yes", *where).returncode == 0
     audit = idem_tasks("audit", *where)
     assert (audit.returncode, audit.stderr.startswith("idem-tasks: Redis keeps no audit")) == (5, True)

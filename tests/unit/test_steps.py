@@ -26,6 +26,7 @@ from idem_tasks.claims import EncodedOutcome, State
 from idem_tasks.errors import (
     ConfigurationError,
     InDoubtError,
+    InvalidKeyError,
     LeaseLostError,
     OutcomeError,
     ParkedError,
@@ -544,6 +545,25 @@ def test_the_heartbeat_renews_while_a_step_runs(monkeypatch: pytest.MonkeyPatch)
         assert stepping(world, body)("A-1") == "done"
 
 
+# Looking at them
+
+
+def test_the_steps_of_a_record_can_be_seen(world: World, shop: Shop) -> None:
+    """In both runtimes: how far the handler came, and what there is of each outcome, but never the outcome."""
+    look = world.idem.steps if world.runtime == "blocking" else world.idem.asteps
+    shop.plan = [BrokenError("in mail")]
+    with pytest.raises(BrokenError):
+        stepping(world, shop.order)("A-1")
+    charge, mail = world.drive(look, SCOPE, "A-1")
+    assert (charge.position, charge.name, charge.codec, charge.outcome_bytes) == (1, "charge", "json", 11)
+    assert charge.finished_at is not None
+    assert (mail.position, mail.name, mail.finished_at, mail.outcome_bytes) == (2, "mail", None, None)
+    assert "receipt" not in repr((charge, mail))
+    assert world.drive(look, SCOPE, "A-2") == []
+    with pytest.raises(InvalidKeyError):
+        world.drive(look, SCOPE, "")
+
+
 # What runs without a journal
 
 
@@ -598,15 +618,16 @@ def test_a_store_without_steps_says_so(store: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"Plain keeps no steps: .*database_url"):
         idem.run(lambda: current_claim().step("one", ran.append, 1), scope="s", key="k")
     assert ran == []
+    assert idem.steps("s", "k") == []
 
 
 def test_redis_alone_keeps_no_steps(redis_url: str) -> None:
-    """Steps need records in SQL, and RedisStore says so before the step runs."""
-    with (
-        Idempotency(store=RedisStore(redis_url), observers=[]) as idem,
-        pytest.raises(ConfigurationError, match="RedisStore keeps no steps"),
-    ):
-        idem.run(lambda: current_claim().step("one", lambda: 1), scope="s", key=os.urandom(8).hex())
+    """Steps need records in SQL, and RedisStore says so before the step runs; whoever looks for some finds none."""
+    key = os.urandom(8).hex()
+    with Idempotency(store=RedisStore(redis_url), observers=[]) as idem:
+        with pytest.raises(ConfigurationError, match="RedisStore keeps no steps"):
+            idem.run(lambda: current_claim().step("one", lambda: 1), scope="s", key=key)
+        assert idem.steps("s", key) == []
 
 
 # One after another
