@@ -10,8 +10,8 @@ import typer
 from idem_tasks.cli import terminal
 from idem_tasks.cli.where import DatabaseURL, Schema, TablePrefix, Where
 from idem_tasks.config import DEFAULT_DATABASE_URL
-from idem_tasks.errors import ConfigurationError
 from idem_tasks.idempotency import Idempotency
+from idem_tasks.runtime import run_sync
 
 _DEFAULT_PREFIX = "idem_tasks_"
 
@@ -24,7 +24,7 @@ def init_db(
     table_prefix: TablePrefix = None,
     sql: Annotated[bool, typer.Option("--sql", help="Print the SQL for a DBA, and change nothing.")] = False,
 ) -> None:
-    """Make the tables in a database, where they are not there yet.
+    """Make the tables in a database, where they are not there yet, and bring older ones up to date.
 
     Without --database-url and IDEM_TASKS_DATABASE_URL it is sqlite:///idem_tasks.db, as for workers. A schema must be
     there already. May be run at every deployment, by several at once. With --sql it only prints, and does not connect.
@@ -45,17 +45,12 @@ def init_db(
         talk.print("Neither --database-url nor IDEM_TASKS_DATABASE_URL is given: this is the default database.")
     store = SQLStore(url, schema=schema, table_prefix=prefix, create_schema=False)
     with Idempotency(store=store) as idempotency:
-        were_there = _are_there(idempotency)
+        before, newest = run_sync(store.revision()), newest_revision()
         idempotency.prepare()
-    if were_there:
-        talk.print(f"{store.address} has the tables {named} already, version {newest_revision()}.", soft_wrap=True)
+    if before is None:
+        done = f"Made the tables {named} in {store.address}, version {newest}."
+    elif before == newest:
+        done = f"{store.address} has the tables {named} already, version {newest}."
     else:
-        talk.print(f"Made the tables {named} in {store.address}, version {newest_revision()}.", soft_wrap=True)
-
-
-def _are_there(idempotency: Idempotency) -> bool:
-    try:
-        idempotency.get("idem-tasks", "init-db")
-    except ConfigurationError:
-        return False  # or something worse, which making them then tells
-    return True
+        done = f"Brought the tables {named} in {store.address} from version {before} to {newest}."
+    talk.print(done, soft_wrap=True)

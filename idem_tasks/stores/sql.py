@@ -310,6 +310,15 @@ class SQLStore:
                 )
             await self._sleep(_SCHEMA_POLL)
 
+    async def revision(self) -> str | None:
+        """Return the number of the newest revision that the tables have, such as 0001; None where there are none."""
+        return await self._try(self._revision)
+
+    def _revision(self, sql: Statements, connection: Connection) -> str | None:
+        from idem_tasks.stores.migrations import revision_of
+
+        return revision_of(connection, self._schema, self._prefix)
+
     def _upgrade(self, sql: Statements, connection: Connection) -> bool:
         from idem_tasks.stores.migrations import upgrade  # Alembic is slow to import and seldom needed
 

@@ -11,6 +11,7 @@ from sqlalchemy import create_engine, inspect, make_url
 
 from idem_tasks import Idempotency, SQLStore, __version__
 from idem_tasks.stores.migrations.offline import newest_revision
+from tests.integration.test_sql_steps import without_steps
 
 TABLES = {f"idem_tasks_{name}" for name in ("audit", "outbox", "records", "schema", "steps")}
 
@@ -87,14 +88,31 @@ def test_init_db_makes_the_tables_once(database: str, request: pytest.FixtureReq
     assert tables(url) == TABLES
 
 
+@pytest.mark.parametrize("database", ["sqlite_url", "postgres_url", "mariadb_url"])
+def test_init_db_says_what_it_brought_up_to_date(database: str, request: pytest.FixtureRequest) -> None:
+    """Tables of an older version get what is missing, and whoever deploys reads from which version to which."""
+    url = request.getfixturevalue(database)
+    idem_tasks("init-db", "--database-url", url)
+    without_steps(url)
+    done, again = (idem_tasks("init-db", "--database-url", url) for _ in range(2))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("Brought the tables idem_tasks_* in ")
+    assert done.stderr.endswith(f" from version 0001 to {newest_revision()}.\n")
+    assert f"has the tables idem_tasks_* already, version {newest_revision()}." in again.stderr
+    assert tables(url) == TABLES
+
+
 def test_init_db_takes_a_schema_and_a_prefix(postgres_url: str) -> None:
     """A store that is given the same finds its tables."""
     engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.exec_driver_sql("CREATE SCHEMA shop")
     engine.dispose()
-    done = idem_tasks("init-db", "--database-url", postgres_url, "--schema", "shop", "--table-prefix", "once_")
+    where = ["--database-url", postgres_url, "--schema", "shop", "--table-prefix", "once_"]
+    done, again = (idem_tasks("init-db", *where) for _ in range(2))
     assert done.returncode == 0, done.stderr
+    assert "Made the tables once_* in schema shop in " in done.stderr
+    assert "has the tables once_* in schema shop already" in again.stderr
     with Idempotency(store=SQLStore(postgres_url, schema="shop", table_prefix="once_")) as idempotency:
         assert idempotency.run(lambda: 1, scope="s", key="k") == 1
     assert tables(postgres_url) == set()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, func, select
 
 _in_this_process = threading.Lock()
@@ -32,6 +33,13 @@ def upgrade(connection: Connection, schema: str | None, prefix: str) -> bool:
             return alone
     finally:
         _in_this_process.release()
+
+
+def revision_of(connection: Connection, schema: str | None, prefix: str) -> str | None:
+    """Return the number of the newest revision that the tables have, such as 0001; None where there are none."""
+    options = {"version_table": f"{prefix}schema", "version_table_schema": schema}  # as in env.py
+    with _quiet_alembic():
+        return MigrationContext.configure(connection, opts=options).get_current_revision()
 
 
 @contextmanager
