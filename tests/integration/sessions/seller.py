@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from sqlalchemy import String, create_engine, func, make_url, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
@@ -42,11 +42,14 @@ class Stock(Base):
     sold: Mapped[int] = mapped_column(default=0)
 
 
-_ASYNCIO = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "mysql": "mysql+asyncmy"}
-
-
 class Seller:
     """One database with orders and records, and another worker that has the same records."""
+
+    asyncio_drivers: ClassVar = {
+        "sqlite": "sqlite+aiosqlite",
+        "postgresql": "postgresql+psycopg",
+        "mysql": "mysql+asyncmy",
+    }
 
     def __init__(self, driver: Driver, url: str, store: Any = None) -> None:
         quiet = Announcer(())
@@ -94,7 +97,9 @@ class Seller:
         if self.is_asyncio:
             from sqlalchemy.ext.asyncio import create_async_engine
 
-            made: Any = create_async_engine(place.set(drivername=_ASYNCIO[place.get_backend_name()]), **options)
+            made: Any = create_async_engine(
+                place.set(drivername=self.asyncio_drivers[place.get_backend_name()]), **options
+            )
         else:
             made = create_engine(place, **options)
         self._made.append(made)
