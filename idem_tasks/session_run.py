@@ -209,12 +209,15 @@ def finish_in(call: Call, claim: Claim, connection: Any, value: Any) -> None:
     claim.written = value, outcome
 
 
-async def is_committed(call: Call, claim: Claim) -> bool:
-    """Tell whether the handler has committed what `finish_in` wrote; waits for a commit that is under way."""
+async def commit_of_handler(call: Call, claim: Claim) -> Recorded | Finished | Lost | None:
+    """Tell what became of the transaction that `finish_in` wrote in; None: it was rolled back, and the claim stands.
+
+    Waits for a commit that is under way.
+    """
     assert claim.written is not None
     _, outcome = claim.written
     records = sql_records(call.services.store)
     answer = await call.services.runtime.shield(lambda: look(call, claim, lambda: records.look(claim.lease, outcome)))
     if answer is not None:
         end(call, claim, answer)
-    return answer is not None
+    return answer

@@ -196,7 +196,7 @@ class Step:
         if not isinstance(answer, Released):
             return self._lost()
         self.call.services.heartbeat.let_go(lease.owner)
-        self.claim.parked_by = error
+        self.claim.ending, self.claim.parked_by = answer, error
         self.call.announce(EventName.PARKED, crashes=lease.crashes, failures=lease.failures, new=True)
         return error
 

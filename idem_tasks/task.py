@@ -57,7 +57,7 @@ from idem_tasks.events import EventName
 from idem_tasks.outbox import OutgoingMessages
 from idem_tasks.replay import DOUBTFUL_SIZE, keep_failure, message_of, outcome_of_another, replay, type_name
 from idem_tasks.runtime import FIRST_PAUSE, LONGEST_PAUSE, HandlerStopIteration, deadline_clock, is_interruption
-from idem_tasks.session_run import finish_in, is_committed, run_in_session
+from idem_tasks.session_run import commit_of_handler, finish_in, run_in_session
 from idem_tasks.steps import Steps
 
 Handler = Callable[..., Any]
@@ -262,7 +262,7 @@ async def seen_committed(call: Call, claim: Claim) -> Any:
     What was rolled back is a failure of the handler, though it returned: nothing of it has happened.
     """
     assert claim.written is not None
-    if await is_committed(call, claim):
+    if await commit_of_handler(call, claim) is not None:
         return claim.written[0]
     error = ConfigurationError(
         f"{claim.scope} {claim.key!r}: the transaction that finish_in wrote in was rolled back, and nothing of it is "
@@ -357,12 +357,13 @@ async def give_up(call: Call, claim: Claim, raised: BaseException) -> Finished |
     runtime = call.services.runtime
     if not claim.protected or claim.ending is not None or not runtime.can_wait(after=raised):
         return None
-    if claim.parked_by is not None:
-        return None  # a step of it left the record for a person
     error = raised.error if isinstance(raised, HandlerStopIteration) else raised
     try:
-        if isinstance(error, call.policy.record_failures) and is_failure(call, error):
-            answer: Ending = await runtime.shield(lambda: finish(call, claim, keep_failure(error)))
+        answer: Ending
+        if claim.written is not None and (committed := await own_outcome(call, claim)) is not None:
+            answer = committed
+        elif isinstance(error, call.policy.record_failures) and is_failure(call, error):
+            answer = await runtime.shield(lambda: finish(call, claim, keep_failure(error)))
         else:
             answer = await runtime.shield(lambda: let_go(call, claim, error))
     except IdemTasksError as refused:
@@ -374,6 +375,21 @@ async def give_up(call: Call, claim: Claim, raised: BaseException) -> Finished |
     if isinstance(answer, Lost):
         raise lease_lost(claim) from error
     return answer if isinstance(answer, Finished) else None
+
+
+async def own_outcome(call: Call, claim: Claim) -> Finished | Lost | None:
+    """Return what a handler has committed by `finish_in` that raised after that, and send what it published with it.
+
+    That is its outcome, whatever came later. None: it was rolled back, and the claim stands.
+    """
+    assert claim.written is not None
+    _, outcome = claim.written
+    answer = await commit_of_handler(call, claim)
+    if not isinstance(answer, Recorded):
+        return answer
+    if outcome.messages:
+        await send(call, outcome.messages, recorded=True)
+    return Finished(outcome, call.request.fingerprint, call.policy.retention, claim.fencing_token)
 
 
 async def let_go(call: Call, claim: Claim, error: BaseException) -> Ending:

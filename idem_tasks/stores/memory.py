@@ -360,7 +360,7 @@ class MemoryStore:
                 if row.state in _FENCED:
                     row.record_outcome(outcome, now, lease.policy.retention)
                     self.outbox.add(outcome.messages)
-                if row.state in _ENDED:
+                if row.state is outcome.state:
                     return Recorded()
             return row.as_finished(now) if row.state in _ENDED else Lost()
 

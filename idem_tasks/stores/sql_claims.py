@@ -189,7 +189,8 @@ def finish(
         row = _insert_finished(sql, connection, lease, outcome)
     if row is None or row.state not in ENDED:
         return Lost()
-    return Recorded() if _obeys(row, lease) else _finished(row)
+    # The other state of our own claim is another outcome: that of a `finish_in`, say, whose handler failed after it.
+    return Recorded() if _obeys(row, lease) and row.state == outcome.state else _finished(row)
 
 
 def write_finish(sql: Statements, connection: Connection, lease: Lease, outcome: EncodedOutcome) -> bool:

@@ -834,6 +834,15 @@ class StoreContract(StoreSuite):
         tokens.append(use.granted().fencing_token)
         assert tokens == sorted(set(tokens))
 
+    def test_one_claim_records_one_outcome(self, use: StoreInUse) -> None:
+        """A claim that has recorded a value is told so when it brings a failure, and the value stays (F58)."""
+        lease = use.granted()
+        assert use.finish(lease) == Recorded()
+        answer = use.finish(lease, DECLINED)
+        assert isinstance(answer, Finished)
+        assert answer.outcome.body == DONE.body
+        assert use.record().state is State.COMPLETED
+
     def test_the_token_rises_over_forgets_in_quick_succession(self, use: StoreInUse) -> None:
         """A key that is forgotten and claimed again within a millisecond has a higher fencing token (F10)."""
         tokens = []

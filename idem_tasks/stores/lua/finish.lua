@@ -8,7 +8,7 @@ if not obeys(ARGV[1], ARGV[2]) then
   return answer(ended and 'finished' or 'lost')
 end
 if ended then
-  return answer('recorded')
+  return answer(record.state == ARGV[3] and 'recorded' or 'finished')
 end
 if record.state ~= 'running' and record.state ~= 'in_doubt' then
   return answer('lost')

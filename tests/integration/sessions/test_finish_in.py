@@ -12,7 +12,7 @@ import pymysql
 import pytest
 from sqlalchemy import make_url
 
-from idem_tasks import RedisStore, SQLStore, TieredStore, current_claim
+from idem_tasks import Policy, RedisStore, SQLStore, TieredStore, current_claim
 from idem_tasks.claims import State
 from idem_tasks.errors import ConfigurationError, LeaseLostError
 from idem_tasks.testing import Driver
@@ -159,6 +159,52 @@ def test_in_a_block(seller: Seller, connect: Connect, commits: bool) -> None:
     assert (seller.orders(), seller.state()) == ((1, State.COMPLETED) if commits else (0, State.RELEASED))
     if commits:
         assert block.outcome == "ordered"
+
+
+class DeclinedError(Exception):
+    """A failure that is final."""
+
+
+@pytest.mark.parametrize("url", ["postgres_url"], indirect=True)
+@pytest.mark.parametrize("error", [DeclinedError, KeyError])
+def test_what_is_raised_after_the_commit_changes_nothing(
+    seller: Seller, connect: Connect, redis_url: str, error: type[Exception]
+) -> None:
+    """The committed outcome is that of all callers, also by the marker, and its messages are sent (F58)."""
+    store = TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(seller.url))
+
+    def handler(name: str) -> None:
+        with contextlib.closing(connect()) as connection:
+            write(connection, name)
+            current_claim().publish_message({"order": name}, to="mail")
+            current_claim().finish_in(connection, f"ordered {name}")
+            connection.commit()
+        raise error
+
+    policy = Policy(record_failures=(DeclinedError,))
+    with Driver("blocking") as driver, Seller(driver, seller.url, store) as tiered:
+        for _ in range(2):
+            assert tiered.idem.run(handler, "A-1", scope=SCOPE, key="A-1", policy=policy) == "ordered A-1"
+        assert len(tiered.mails) == 1
+    assert (seller.orders(), seller.state()) == (1, State.COMPLETED)
+
+
+@pytest.mark.parametrize("error", [DeclinedError, KeyError])
+def test_what_rolls_it_back_is_a_failure_as_ever(seller: Seller, connect: Connect, error: type[Exception]) -> None:
+    """A final failure is recorded, any other one released: what `finish_in` wrote is gone."""
+
+    def handler(name: str) -> None:
+        with contextlib.closing(connect()) as connection:
+            write(connection, name)
+            current_claim().finish_in(connection, f"ordered {name}")
+            connection.rollback()
+            raise error
+
+    policy = Policy(record_failures=(DeclinedError,))
+    with pytest.raises(error):
+        seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1", policy=policy)
+    ended = State.FAILED if error is DeclinedError else State.RELEASED
+    assert (seller.orders(), seller.state()) == (0, ended)
 
 
 @pytest.mark.parametrize("url", ["postgres_url"], indirect=True)
