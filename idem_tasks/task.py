@@ -50,6 +50,7 @@ from idem_tasks.errors import (
     InDoubtError,
     InProgressError,
     ParkedError,
+    ReplayedFailureError,
     StoreError,
     StoreUnavailableError,
 )
@@ -362,7 +363,7 @@ async def give_up(call: Call, claim: Claim, raised: BaseException) -> Finished |
         answer: Ending
         if claim.written is not None and (committed := await own_outcome(call, claim)) is not None:
             answer = committed
-        elif isinstance(error, call.policy.record_failures) and is_failure(call, error):
+        elif is_final(call, error):
             answer = await runtime.shield(lambda: finish(call, claim, keep_failure(error)))
         else:
             answer = await runtime.shield(lambda: let_go(call, claim, error))
@@ -418,6 +419,16 @@ def is_failure(call: Call, error: BaseException) -> bool:
     if not isinstance(error, Exception) or isinstance(error, PUT_BACK):
         return False  # the latter are of a nested call, which asks for another delivery
     return call.host is None or call.host.is_failure(error)
+
+
+def is_final(call: Call, error: BaseException) -> bool:
+    """Tell whether the policy makes this failure the outcome.
+
+    Never an error of ours, though `record_failures` be Exception: what is not set up right is mended, and then the
+    message has to run. One that a nested call replayed is its handler's.
+    """
+    ours = isinstance(error, IdemTasksError) and not isinstance(error, ReplayedFailureError)
+    return isinstance(error, call.policy.record_failures) and not ours and is_failure(call, error)
 
 
 def proves_no_effect(call: Call, error: BaseException) -> bool:

@@ -500,6 +500,26 @@ def test_a_released_claim_leaves_no_marker(tiered: World) -> None:
     assert tiered.marker_of() is None
 
 
+def test_an_error_of_ours_is_no_final_failure(world: World) -> None:
+    """Under `record_failures=Exception` what is not set up right is not the outcome: mended, the message runs."""
+
+    def handler(order: str) -> None:
+        world.effects.append(order)
+        if len(world.effects) == 1:
+            current_claim().publish_message("receipt", to="nobody")
+        if len(world.effects) == 2:
+            raise ReplayedFailureError("of a nested call")
+
+    task = world.task(handler, record_failures=Exception)
+    with pytest.raises(ConfigurationError, match="no sender is called 'nobody'"):
+        task("A-1")
+    assert world.state() is State.RELEASED
+    for _ in range(2):
+        with pytest.raises(ReplayedFailureError):
+            task("A-1")
+    assert (world.state(), len(world.effects)) == (State.FAILED, 2)
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, StopAsyncIteration, asyncio.CancelledError])
 def test_every_exception_goes_through_unchanged(world: World, kind: type[BaseException]) -> None:
     """Nothing a handler raises is swallowed or changed; what is no failure is not counted as one."""
