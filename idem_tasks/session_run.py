@@ -31,6 +31,13 @@ _CONFLICT_NOTE = (
 )
 
 
+_inherited: list[Transaction] = []
+"""Transactions of the parent's, in a child that its handler forked.
+
+They are kept for as long as the child lives: a pool rolls back what is dropped, on the connection that both have.
+"""
+
+
 async def run_in_session(
     call: Call,
     claim: Claim,
@@ -92,7 +99,9 @@ async def run_once(
         return value
     finally:
         ended_by = sys.exception()
-        if claim.is_here and (ended_by is None or runtime.can_wait(after=ended_by)):
+        if not claim.is_here:
+            _inherited.append(transaction)
+        elif ended_by is None or runtime.can_wait(after=ended_by):
             await runtime.shield(transaction.close)
 
 
