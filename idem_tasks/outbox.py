@@ -169,6 +169,10 @@ class RelayReport:
     left: int
 
 
+def _never() -> bool:
+    return False
+
+
 class Relay:
     """Takes messages out of a store's outbox, sends them, and deletes what was sent."""
 
@@ -180,16 +184,26 @@ class Relay:
         self._in_threads = isinstance(runtime, Asyncio)
 
     async def run(self, limit: int, should_stop: Callable[[], bool]) -> RelayReport:
+        """Do as `send`, and report; counting what is left reads the whole outbox."""
+        outbox = self._outbox_there_is()
+        sent, failed = await self.send(limit, should_stop)
+        return RelayReport(sent, failed, await outbox.count())
+
+    async def send(self, limit: int, should_stop: Callable[[], bool] = _never) -> tuple[int, int]:
         """Send up to `limit` messages that are due; stop earlier where `should_stop` says so, between two messages.
 
-        Raises `StoreError`, and `ConfigurationError` where the store has no outbox.
+        Returns how many were sent, and how many could not be. Raises `StoreError`, and `ConfigurationError` where the
+        store has no outbox.
         """
-        if self._outbox is None:
-            raise ConfigurationError(f"a {type(self._store).__name__} has no outbox: it needs records in SQL")
+        outbox = self._outbox_there_is()
         if limit < 1:
             raise ConfigurationError(f"limit={limit} must be 1 or more")
-        sent, failed = await self._send(self._outbox, limit, None, should_stop)
-        return RelayReport(sent, failed, await self._outbox.count())
+        return await self._send(outbox, limit, None, should_stop)
+
+    def _outbox_there_is(self) -> Outbox:
+        if self._outbox is None:
+            raise ConfigurationError(f"a {type(self._store).__name__} has no outbox: it needs records in SQL")
+        return self._outbox
 
     async def send_now(self, messages: Sequence[OutboxMessage]) -> None:
         """Send what was recorded just now, after all that its key has left; never raises for what fails.
@@ -276,7 +290,3 @@ class Relay:
             attempts=message.attempts + 1,
             error=type(error).__name__,
         )
-
-
-def _never() -> bool:
-    return False

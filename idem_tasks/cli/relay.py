@@ -15,6 +15,7 @@ from idem_tasks.cli import terminal
 from idem_tasks.config import default_idempotency
 from idem_tasks.errors import ConfigurationError, StoreError
 from idem_tasks.idempotency import Idempotency
+from idem_tasks.runtime import run_sync
 
 
 def relay(
@@ -63,11 +64,12 @@ def _send_all(idempotency: Idempotency, batch: int, ending: threading.Event) -> 
 
 
 def _send_for_ever(idempotency: Idempotency, batch: int, poll: float, ending: threading.Event) -> None:
-    talk = terminal.talk()
+    talk, outbox = terminal.talk(), idempotency.services("blocking").relay
     talk.print("Relaying; TERM or Ctrl-C ends it.")
     while not ending.is_set():
         try:
-            more = idempotency.relay(batch, should_stop=ending.is_set).sent >= batch
+            sent, _failed = run_sync(outbox.send(batch, ending.is_set))  # which does not count what is left
+            more = sent >= batch
         except ConfigurationError:
             raise
         except StoreError as error:

@@ -21,6 +21,7 @@ from idem_tasks.errors import ConfigurationError, MessageError
 from idem_tasks.idempotency import Idempotency
 from idem_tasks.integrations.celery_put_back import CONFIRM_TIMEOUT, confirming_producer
 from idem_tasks.outbox import message_id
+from idem_tasks.runtime import run_sync
 from idem_tasks.tagged import NoForm, tag, type_name, untag
 
 Plain = dict[str, Any]
@@ -195,6 +196,7 @@ def relay_task(
     """
 
     def relay() -> int:
-        return (idempotency or config.default_idempotency()).relay(limit).sent
+        sent, _failed = run_sync((idempotency or config.default_idempotency()).services("blocking").relay.send(limit))
+        return sent
 
     return app.task(relay, name=name, ignore_result=True, acks_late=False)

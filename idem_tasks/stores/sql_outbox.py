@@ -22,11 +22,10 @@ from sqlalchemy import (
     bindparam,
     column,
     delete,
-    exists,
     func,
     literal,
+    literal_column,
     null,
-    or_,
     select,
     true,
     tuple_,
@@ -112,16 +111,18 @@ class OutboxStatements:
 
     def _heads(self, *, of_one_key: bool) -> Select[Any]:
         """The first messages of their keys, as far as they are due."""
-        c, earlier = self._columns, self._table.alias("earlier")
-        has_earlier = exists().where(
-            earlier.c.scope == c.scope,
-            earlier.c.key == c.key,
-            or_(
-                earlier.c.fencing_token < c.fencing_token,
-                and_(earlier.c.fencing_token == c.fencing_token, earlier.c.number < c.number),
-            ),
+        c, other = self._columns, self._table.alias("other")
+        # Not "where none is earlier": PostgreSQL makes a join of that, which compares each message of a key with each.
+        first = (
+            select(other.c.fencing_token, other.c.number)
+            .where(other.c.scope == c.scope, other.c.key == c.key)
+            .order_by(other.c.fencing_token, other.c.number)
+            .limit(literal_column("1"))
+            .correlate(self._table)
+            .scalar_subquery()
         )
-        heads = select(c.scope, c.key, c.due_at).where(c.due_at <= now(), ~has_earlier)
+        is_first = tuple_(c.fencing_token, c.number) == first
+        heads = select(c.scope, c.key, c.due_at).where(c.due_at <= now(), is_first)
         if of_one_key:
             return heads.where(c.scope == bindparam("at_scope"), c.key == bindparam("at_key"))
         return heads.order_by(c.due_at).limit(bindparam("limit", type_=Integer()))

@@ -13,8 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine
 
-from idem_tasks import Idempotency, OutboxMessage, SQLStore, current_claim, outbox
+from idem_tasks import Idempotency, MemoryStore, OutboxMessage, SQLStore, current_claim, outbox
+from idem_tasks.cli import relay
+from idem_tasks.stores.sql_statements import statements_for
 from tests.services.waiting import wait_until
 
 KEYS, MESSAGES, RELAYS = 12, 4, 4
@@ -49,7 +52,7 @@ def test_many_relays_keep_the_order_of_each_key(
         is_up.set()
         start = threading.Barrier(RELAYS, timeout=30)
 
-        def relay(_number: int) -> None:
+        def send_all(_number: int) -> None:
             with Idempotency(store=SQLStore(url), senders={"mail": send}, observers=[]) as idem:
                 start.wait()
                 for _ in range(500):
@@ -58,8 +61,52 @@ def test_many_relays_keep_the_order_of_each_key(
             raise AssertionError("messages are left")
 
         with ThreadPoolExecutor(RELAYS) as threads:
-            list(threads.map(relay, range(RELAYS)))
+            list(threads.map(send_all, range(RELAYS)))
     assert sent == {str(key): list(range(MESSAGES)) for key in range(KEYS)}
+
+
+def test_postgresql_finds_the_first_of_many_of_a_key_by_its_index(postgres_url: str) -> None:
+    """It does not compare all messages of a key with one another, which would take minutes for 50,000."""
+
+    def handler() -> None:
+        for number in range(3_000):
+            current_claim().publish_message(number, to="mail")
+
+    def refuse(_message: OutboxMessage) -> None:
+        raise OSError
+
+    engine = create_engine(postgres_url)
+    take = statements_for("postgresql", None, "idem_tasks_").outbox.take_any
+    compiled = take.compile(dialect=engine.dialect)  # type: ignore[attr-defined]
+    values = compiled.construct_params({"new_owner": "o", "lease": 60.0, "limit": 100})
+    store = SQLStore(postgres_url, create_schema=True)
+    with Idempotency(store=store, senders={"mail": refuse}, observers=[]) as idem:
+        idem.run(handler, scope="s", key="k")
+        with engine.connect() as connection:
+            connection.exec_driver_sql("ANALYZE idem_tasks_outbox")
+            plan = "\n".join(connection.exec_driver_sql(f"EXPLAIN {compiled}", values).scalars())
+    engine.dispose()
+    assert "Anti Join" not in plan, plan
+    assert "using idem_tasks_outbox_pkey on idem_tasks_outbox other" in plan, plan
+
+
+def test_the_command_does_not_count_at_every_look() -> None:
+    """What is left is nobody's question there, and counting reads the whole table."""
+    store, sent, ending = MemoryStore(), [], threading.Event()
+    store.outbox.add([OutboxMessage("0" * 32, "s", "k", 1, 0, "mail", b'{"body":1,"headers":{},"options":{}}')])
+
+    async def count() -> int:
+        raise AssertionError
+
+    store.outbox.count = count  # type: ignore[method-assign]
+
+    def send(message: OutboxMessage) -> None:
+        sent.append(message.body)
+        ending.set()
+
+    with Idempotency(store=store, senders={"mail": send}, observers=[]) as idem:
+        relay._send_for_ever(idem, 100, 0.01, ending)
+    assert sent == [1]
 
 
 APP = """
@@ -121,15 +168,15 @@ def test_once_sends_what_can_be_sent(folder: Path, app: str) -> None:
 def test_a_signal_ends_it_cleanly(folder: Path, number: signal.Signals) -> None:
     """It relays until then, and ends with 0."""
     (folder / "up").touch()
-    relay = command(folder, "--app", "shop", "--poll", "0.05")
+    relaying = command(folder, "--app", "shop", "--poll", "0.05")
     wait_until(
         lambda: (folder / "sent").exists() and (folder / "sent").read_text() == "0\n1\n2\n",
         seconds=60,
         what="the messages",
     )
-    relay.send_signal(number)
-    assert relay.communicate(timeout=30)[0] == ""
-    assert relay.returncode == 0
+    relaying.send_signal(number)
+    assert relaying.communicate(timeout=30)[0] == ""
+    assert relaying.returncode == 0
 
 
 @pytest.mark.parametrize("app", ["no_such_module", "shop:no_such_name"])
