@@ -238,11 +238,14 @@ def interruption_in(error: BaseException, before: BaseException | None) -> BaseE
     """Find what struck from outside in a driver's error: a soft limit comes out of PyMySQL as OperationalError.
 
     `before` is what was being handled when the driver was called (`sys.exception()`): Python chains that to every
-    new error, and it did not strike now.
+    new error, and it did not strike now. Nor did the cancellation by which `asyncio.timeout` and `wait_for` end what
+    takes too long: that of asyncpg and asyncmy is an outage.
     """
     seen: BaseException | None = error
     for _ in range(_CHAIN_LIMIT):
         if seen is None or seen is before:
+            return None
+        if isinstance(seen, TimeoutError) and isinstance(seen.__cause__, asyncio.CancelledError):
             return None
         if not isinstance(seen, Exception) or isinstance(seen, tuple(_INTERRUPTIONS)):
             return seen

@@ -493,6 +493,23 @@ def test_a_plain_outage_is_no_interruption() -> None:
     assert interruption_in(wrapped(ValueError(), cause=True), None) is None
 
 
+def test_a_time_out_is_no_cancellation() -> None:
+    """What asyncio ends for taking too long was cancelled by nobody else: a driver that says so tells of an outage."""
+
+    async def silent() -> None:
+        try:
+            async with asyncio.timeout(0):
+                await asyncio.sleep(60)
+        except TimeoutError as error:
+            raise OSError("no answer") from error
+
+    with pytest.raises(OSError, match="no answer") as told:
+        asyncio.run(silent())
+    assert isinstance(told.value.__cause__, TimeoutError)
+    assert isinstance(told.value.__cause__.__cause__, asyncio.CancelledError)
+    assert interruption_in(told.value, None) is None
+
+
 @pytest.mark.usefixtures("soft_limit")
 def test_what_was_handled_before_did_not_strike_now() -> None:
     """A release called while a soft limit is being handled is not taken for struck by it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,11 +25,6 @@ LEASE = 1.0
 
 SILENCE = 2
 """Seconds that a server may take to answer; psycopg allows no fewer."""
-
-_TAKEN_FOR_A_CANCELLATION = (
-    "asyncmy tells of its time-out with an error whose cause is a TimeoutError, whose cause is the CancelledError of "
-    "asyncio.wait_for; interruption_in takes that for a cancellation of the call"
-)
 
 pytestmark = pytest.mark.parametrize("url", SERVERS, indirect=True)
 
@@ -86,11 +80,9 @@ def test_a_commit_is_looked_for_until_the_server_is_back(seller: Seller, proxy: 
     [(True, "rerun", False), (False, "rerun", False), (False, "hold", False), (True, "rerun", True)],
 )
 def test_a_commit_that_stays_unknown_is_left_to_the_next_delivery(
-    request: pytest.FixtureRequest, seller: Seller, proxy: Proxy, committed: bool, on_crash: OnCrash, silently: bool
+    seller: Seller, proxy: Proxy, committed: bool, on_crash: OnCrash, silently: bool
 ) -> None:
     """The message comes again and nothing is released: it gets the outcome, or takes the dead claim over (F14, F57)."""
-    if silently and seller.is_asyncio and not seller.url.startswith("postgres"):
-        request.applymarker(pytest.mark.xfail(raises=asyncio.CancelledError, reason=_TAKEN_FOR_A_CANCELLATION))
     ran: list[str] = []
 
     def body(name: str, session: Session) -> str:
