@@ -213,7 +213,12 @@ def finish_in(call: Call, claim: Claim, connection: Any, value: Any) -> None:
         raise ConfigurationError(f"finish_in ends the handler, and step {claim.step_running!r} of it runs still")
     records, outcome = sql_records(call.services.store), keep_all(call, claim, value)
     if not records.finish_in(connection, claim.lease, outcome):
-        raise lease_lost(claim)
+        lost = lease_lost(claim)
+        if claim.written is not None:
+            lost.add_note(
+                "unless finish_in was called in this transaction before: it is called once, as the last thing"
+            )
+        raise lost
     call.services.heartbeat.let_go(claim.lease.owner)  # the record is locked until the commit
     claim.written = value, outcome
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from enum import Enum
 from functools import cache
@@ -103,11 +104,26 @@ def _kind_of(connection: Any) -> tuple[Kind, bool]:
     for kind in kinds:
         driver = kind.__module__.partition(".")[0]
         if driver in _DRIVERS:
+            _refuse_what_answers_later(connection)
             return _DRIVERS[driver], False
     raise ConfigurationError(
         f"finish_in takes a connection of psycopg, sqlite3, PyMySQL, mysqlclient or Django, not a "
         f"{type(connection).__module__}.{type(connection).__qualname__}"
     )
+
+
+def _refuse_what_answers_later(connection: Any) -> None:
+    """Raise for a connection on which a write does not tell at once whether it met the fence."""
+    if inspect.iscoroutinefunction(connection.commit):
+        raise ConfigurationError(
+            f"finish_in is blocking, and {type(connection).__qualname__} is asyncio's: with SQLAlchemy's AsyncSession, "
+            "session= does the same for async def handlers"
+        )
+    if getattr(getattr(connection, "pgconn", None), "pipeline_status", 0):
+        raise ConfigurationError(
+            "finish_in was given a connection in pipeline mode, which does not tell whether the claim stands: call it "
+            "when the pipeline has ended, in the same transaction"
+        )
 
 
 def _is_in_transaction(connection: Any, kind: Kind, is_django: bool) -> bool:

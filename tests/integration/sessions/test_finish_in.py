@@ -134,6 +134,39 @@ def test_a_connection_in_autocommit_is_refused(seller: Seller, connect: Connect)
     assert begun == [True]
 
 
+@pytest.mark.parametrize("url", ["postgres_url"], indirect=True)
+def test_a_connection_that_answers_later_is_refused(seller: Seller, connect: Connect) -> None:
+    """Of asyncio, or in pipeline mode: nobody would know whether the claim stands."""
+
+    def in_a_pipeline(name: str) -> None:
+        with contextlib.closing(connect()) as connection, connection.pipeline():
+            write(connection, name)
+            current_claim().finish_in(connection)
+
+    def asynchronous(name: str) -> None:
+        current_claim().finish_in(object.__new__(psycopg.AsyncConnection))
+
+    for handler, why in ((in_a_pipeline, "pipeline mode"), (asynchronous, "is asyncio's")):
+        with pytest.raises(ConfigurationError, match=why):
+            seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1")
+        assert (seller.orders(), seller.state()) == (0, State.RELEASED)
+
+
+def test_called_twice_in_a_transaction_it_says_so(seller: Seller, connect: Connect) -> None:
+    """The second one meets the outcome of the first, as a lost claim would: nothing is committed, and a note tells."""
+
+    def handler(name: str) -> None:
+        with contextlib.closing(connect()) as connection:
+            write(connection, name)
+            current_claim().finish_in(connection, 1)
+            current_claim().finish_in(connection, 2)
+
+    with pytest.raises(LeaseLostError) as told:
+        seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1")
+    assert "called once" in told.value.__notes__[0]
+    assert (seller.orders(), seller.state()) == (0, State.RELEASED)
+
+
 @pytest.mark.parametrize("url", ["sqlite_url"], indirect=True)
 def test_no_other_object_is_taken_for_a_connection(seller: Seller) -> None:
     """A cursor, say: it is refused, and its handler fails."""
