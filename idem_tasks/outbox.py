@@ -36,6 +36,12 @@ CELERY = "celery"
 
 _INTEGRATION = "idem_tasks.integrations.celery_outbox"
 
+_SENDER_CHARACTERS = 100
+"""Longest name of a sender: the outbox's column."""
+
+_MESSAGE_BYTES = 1024 * 1024
+"""Most of a message as it is kept; what a database refuses is found out now, and not when the effect has happened."""
+
 _LEASE = 60.0
 """Seconds for which taken messages are nobody else's; no send is begun in their second half."""
 
@@ -54,6 +60,10 @@ class Senders:
     def __init__(self, given: Mapping[str, Sender] | None = None) -> None:
         self._given = dict(given or {})
         for name, sender in self._given.items():
+            if not 0 < len(name) <= _SENDER_CHARACTERS or not name.isprintable():
+                raise ConfigurationError(
+                    f"the sender {name!r} must have a name of 1 to {_SENDER_CHARACTERS} printable characters"
+                )
             if inspect.iscoroutinefunction(sender):
                 raise ConfigurationError(
                     f"the sender {name!r} must be a plain function, also for asyncio, where it runs in a thread"
@@ -152,6 +162,8 @@ class OutgoingMessages:
             if interruption_in(error, before) is not None:
                 raise
             raise MessageError(f"message {number} cannot be written as JSON: {error}") from error
+        if len(content) > _MESSAGE_BYTES:
+            raise MessageError(f"message {number} has {len(content)} bytes as JSON; {_MESSAGE_BYTES} are the most")
         lease = self._lease
         self._messages[number] = OutboxMessage(id_, lease.scope, lease.key, lease.fencing_token, number, to, content)
         self._refuse_if_closed()  # while another thread's handler ended: rather say so of one that is sent

@@ -16,6 +16,10 @@ from idem_tasks.stores.sql_statements import AnyRow, Statements
 MOST_AT_ONCE = 100
 """Messages in one statement: SQLite compiles it anew for each number, and may take 999 parameters only."""
 
+_BYTES_AT_ONCE = 1_000_000
+"""Of contents in one statement, unless one message alone has more: MariaDB and MySQL refuse what is larger than their
+max_allowed_packet, 16 MB by default, and a driver's escapes double it at the worst."""
+
 
 def message_arrays(messages: Sequence[OutboxMessage]) -> dict[str, Any]:
     """Return the parameters that insert messages with a finish on PostgreSQL."""
@@ -36,9 +40,19 @@ def insert_messages(sql: Statements, connection: Connection, messages: Sequence[
 def batches_of(messages: Sequence[OutboxMessage]) -> Iterator[tuple[Sequence[OutboxMessage], dict[str, Any]]]:
     """Give as many messages as one statement inserts, and its parameters."""
     names = ("scope", "key", "fencing_token", "number", "id", "to", "content")
-    for start in range(0, len(messages), MOST_AT_ONCE):
-        batch = messages[start : start + MOST_AT_ONCE]
+    for batch in _cut(messages):
         yield batch, {f"new_{name}_{n}": getattr(message, name) for n, message in enumerate(batch) for name in names}
+
+
+def _cut(messages: Sequence[OutboxMessage]) -> Iterator[Sequence[OutboxMessage]]:
+    start = size = 0
+    for end, message in enumerate(messages):
+        size += len(message.content)
+        if end > start and (end - start == MOST_AT_ONCE or size > _BYTES_AT_ONCE):
+            yield messages[start:end]
+            start, size = end, len(message.content)
+    if messages:
+        yield messages[start:]
 
 
 def take(

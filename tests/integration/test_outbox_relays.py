@@ -90,6 +90,22 @@ def test_postgresql_finds_the_first_of_many_of_a_key_by_its_index(postgres_url: 
     assert "using idem_tasks_outbox_pkey on idem_tasks_outbox other" in plan, plan
 
 
+@pytest.mark.parametrize("sizes", [[200_000] * 100, [1_000_000] * 20, [1] * 250, [1_000_000, 1, 1_000_000]])
+def test_messages_that_no_statement_would_hold_together(mariadb_url: str, sizes: list[int]) -> None:
+    """20 MB are more than MariaDB takes at once: they are written in several statements of one transaction."""
+    sent: list[int] = []
+
+    def handler() -> None:
+        for size in sizes:
+            current_claim().publish_message("x" * size, to="mail")
+
+    store = SQLStore(mariadb_url, create_schema=True)
+    senders = {"mail": lambda message: sent.append(len(message.body))}
+    with Idempotency(store=store, senders=senders, observers=[]) as idem:
+        idem.run(handler, scope="s", key="k")
+    assert sent == sizes
+
+
 def test_the_command_does_not_count_at_every_look() -> None:
     """What is left is nobody's question there, and counting reads the whole table."""
     store, sent, ending = MemoryStore(), [], threading.Event()

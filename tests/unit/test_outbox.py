@@ -28,6 +28,7 @@ from idem_tasks import (
     current_claim,
 )
 from idem_tasks.stores.memory_marker import MemoryMarker
+from idem_tasks.stores.schema import SENDER_CHARACTERS
 from idem_tasks.testing import ManualClock
 
 
@@ -356,6 +357,23 @@ def test_a_body_that_is_no_json_is_refused_at_publish(idem: Idempotency, post: P
     record = idem.get("s", "k")
     assert record is not None
     assert (record.state.value, post.sent) == ("released", [])
+
+
+def test_a_message_that_is_too_large_is_refused_at_publish(idem: Idempotency, post: Post) -> None:
+    """More than 1 MiB as JSON: before anything is recorded, and not when the database refuses it."""
+    largest = 1024 * 1024 - len(b'{"body":"","headers":{},"options":{}}')
+    assert run(idem, publish, "x" * largest) == "done"
+    with pytest.raises(MessageError, match="message 0 has 1048577 bytes as JSON; 1048576 are the most"):
+        run(idem, publish, "x" * (largest + 1), key="l")
+    assert [len(body) for body in post.bodies] == [largest]
+
+
+@pytest.mark.parametrize("name", ["", "m" * (SENDER_CHARACTERS + 1), "m\0", "m\ud800"])
+def test_a_sender_has_a_name_that_can_be_kept(name: str) -> None:
+    """At once: a database would refuse the outcome with it."""
+    Idempotency(store=MemoryStore(), senders={"m" * SENDER_CHARACTERS: print})
+    with pytest.raises(ConfigurationError, match="must have a name of 1 to 100 printable characters"):
+        Idempotency(store=MemoryStore(), senders={name: print})
 
 
 def test_wrong_use_is_refused(idem: Idempotency) -> None:
