@@ -581,7 +581,8 @@ class Claim:
         A task is called with `args` and `kwargs`; a signature, chain, group or chord is taken as it is. It is kept
         with the outcome, in one transaction, and sent at least once, always with the same id; in the order of all
         messages of this key. Raises `ConfigurationError` where there is no outbox (records in Redis), after the
-        handler's end, and for what is no task; `MessageError` for arguments that cannot be kept as JSON, or not in 1 MiB.
+        handler's end, and for what is no task; `MessageError` for arguments that cannot be kept as JSON, or not in
+        1 MiB; `TypeError` for arguments that the task does not take, as `delay` does.
         """
         return self._open_outgoing().add_task(task, args, kwargs)
 
