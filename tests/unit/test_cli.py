@@ -1,6 +1,5 @@
 """The command line: its exit codes, what goes to stdout and what to stderr, and the tables that it makes."""
 
-import os
 import sqlite3
 import subprocess
 import sys
@@ -12,21 +11,9 @@ from sqlalchemy import create_engine, inspect, make_url
 from idem_tasks import Idempotency, SQLStore, __version__
 from idem_tasks.stores.migrations.offline import newest_revision
 from tests.integration.test_sql_steps import without_steps
+from tests.unit.command_line import idem_tasks, in_its_own_process
 
 TABLES = {f"idem_tasks_{name}" for name in ("audit", "outbox", "records", "schema", "steps")}
-
-
-def idem_tasks(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("IDEM_TASKS_")}
-    return subprocess.run(
-        [sys.executable, "-m", "idem_tasks", *arguments],
-        cwd=cwd,
-        env={**clean, **environment},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 def tables(url: str) -> set[str]:
@@ -38,7 +25,7 @@ def tables(url: str) -> set[str]:
 
 def test_version_is_data() -> None:
     """`--version` prints it to stdout and exits with 0."""
-    done = idem_tasks("--version")
+    done = in_its_own_process("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"idem-tasks {__version__}\n", "")
 
 

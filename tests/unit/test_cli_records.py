@@ -22,7 +22,7 @@ from sqlalchemy import make_url
 from idem_tasks import Idempotency, Policy, Record, SQLStore, State, current_claim
 from idem_tasks.claims import ClaimRequest, person_name
 from idem_tasks.runtime import run_sync
-from tests.unit.test_cli import idem_tasks
+from tests.unit.command_line import idem_tasks, in_its_own_process
 
 SCOPE = "shop.charge"
 
@@ -79,6 +79,27 @@ def golden(text: str) -> str:
     text = re.sub(r"\b[0-9a-f]{64}\b", "FINGERPRINT", text)
     text = re.sub(r"\b[0-9a-f]{32}\b", "OWNER", text)
     return re.sub(rf"\b{re.escape(os.uname().nodename[:64])}:\d+\b", "HOST:PID", text).replace(person_name(), "WHO")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ls", "--limit", "1"],
+        ["show", SCOPE, "order-2"],
+        ["resolve", SCOPE, "order-1", "--rerun", "--dry-run"],
+        ["forget", SCOPE, "order-9", "--json"],
+        ["audit"],
+        ["audit", "--no-such-option"],
+        ["init-db"],
+        ["ls", "--app", "no_such_module"],
+    ],
+    ids=" ".join,
+)
+def test_a_process_of_its_own_says_the_same(url: str, command: list[str]) -> None:
+    """What these tests run in their own process is what a shell runs: its exit code, its data, its words."""
+    here = idem_tasks(*command, IDEM_TASKS_DATABASE_URL=url)
+    there = in_its_own_process(*command, IDEM_TASKS_DATABASE_URL=url)
+    assert (here.returncode, here.stdout, here.stderr) == (there.returncode, there.stdout, there.stderr)
 
 
 # Looking.
