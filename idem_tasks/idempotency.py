@@ -28,7 +28,7 @@ from idem_tasks.claims import (
     person_name,
     process_name,
 )
-from idem_tasks.errors import ConfigurationError, InvalidKeyError
+from idem_tasks.errors import ConfigurationError, InvalidKeyError, OutcomeError
 from idem_tasks.events import Announcer, EventName, Observer, log_event
 from idem_tasks.heartbeat import Heartbeat, LoopHeartbeat, ThreadHeartbeat
 from idem_tasks.keys import CallKey, check_key, check_scope, fingerprint_of
@@ -223,6 +223,7 @@ class Idempotency:
         key: object,
         *,
         outcome: Any = _UNKNOWN,
+        outcome_type: Any = UNANNOTATED,
         rerun: bool = False,
         error: Exception | str | None = None,
         expect_token: int | None = None,
@@ -232,14 +233,16 @@ class Idempotency:
         """End a record that is in doubt, parked or overdue: with an outcome, with a final failure, or by a rerun.
 
         `error` is an exception, or `"type: message"`, as `record_failures` would have recorded it. `rerun=True` gives
-        up "at most once" for this key, and sends nothing: the message was acknowledged, so send it again.
+        up "at most once" for this key, and sends nothing: the message was acknowledged, so send it again. An outcome
+        with a class in it needs the return type of its handler as `outcome_type`.
 
         Returns the record as it is then, or None if there is none. Raises `InProgressError` while it runs,
         `ConflictError` if it has ended, or has another fencing token than `expect_token`: give that of the record
         that you looked at, so that a late answer does not end a later doubt. `OutcomeError` for an outcome that
         cannot be encoded. `reason` and `actor` (`user@host`) go to the audit.
         """
-        return run_sync(self._resolve(self._store(), scope, key, outcome, rerun, error, expect_token, reason, actor))
+        ending = self._ending(scope, key, outcome, outcome_type, rerun, error)
+        return run_sync(self._resolve(self._store(), scope, key, ending, expect_token, reason, actor))
 
     def audit(self, scope: str | None = None, key: object = None, *, limit: int = 100) -> list[AuditEntry]:
         """Return what people and functions did to records, the last first: to all, or to those of a scope, or to one.
@@ -349,6 +352,7 @@ class Idempotency:
         key: object,
         *,
         outcome: Any = _UNKNOWN,
+        outcome_type: Any = UNANNOTATED,
         rerun: bool = False,
         error: Exception | str | None = None,
         expect_token: int | None = None,
@@ -356,7 +360,8 @@ class Idempotency:
         actor: str | None = None,
     ) -> Record | None:
         """As `resolve`."""
-        return await self._resolve(self._astore(), scope, key, outcome, rerun, error, expect_token, reason, actor)
+        ending = self._ending(scope, key, outcome, outcome_type, rerun, error)
+        return await self._resolve(self._astore(), scope, key, ending, expect_token, reason, actor)
 
     async def aaudit(self, scope: str | None = None, key: object = None, *, limit: int = 100) -> list[AuditEntry]:
         """As `audit`."""
@@ -472,30 +477,41 @@ class Idempotency:
             self._announce(EventName.FORGOTTEN, done.scope, done.key, **done.details())
         return done is not None
 
+    def _ending(
+        self, scope: str, key: object, outcome: Any, outcome_type: Any, rerun: bool, error: Exception | str | None
+    ) -> EncodedOutcome | None:
+        """Return what `resolve` is to record; None: nothing, the next delivery runs."""
+        if [rerun, outcome is not _UNKNOWN, error is not None].count(True) != 1:
+            raise ConfigurationError("resolve takes one of outcome=..., error=... and rerun=True")
+        if outcome is _UNKNOWN and outcome_type is not UNANNOTATED:
+            raise ConfigurationError("resolve takes outcome_type=... with outcome=... only")
+        context = OutcomeContext(check_scope(scope, stored=True), check_key(key, stored=True), None)
+        if rerun:
+            return None
+        if error is not None:
+            kind, _, message = error.partition(":") if isinstance(error, str) else (error, "", "")
+            return failure_of(kind, message.strip())
+        try:
+            return EncodedOutcome(body=self.codec.encode(outcome, outcome_type, context), codec=self.codec.name)
+        except OutcomeError as problem:
+            if outcome_type is not UNANNOTATED:
+                raise
+            hint = "for a handler that returns a class of yours, give resolve its return type as outcome_type"
+            raise OutcomeError(f"{problem}; {hint}") from None
+
     async def _resolve(
         self,
         store: Store,
         scope: str,
         key: object,
-        outcome: Any,
-        rerun: bool,
-        error: Exception | str | None,
+        ending: EncodedOutcome | None,
         expect_token: int | None,
         reason: str | None,
         actor: str | None,
     ) -> Record | None:
-        if [rerun, outcome is not _UNKNOWN, error is not None].count(True) != 1:
-            raise ConfigurationError("resolve takes one of outcome=..., error=... and rerun=True")
         scope, key = check_scope(scope, stored=True), check_key(key, stored=True)
-        encoded = None
-        if error is not None:
-            kind, _, message = error.partition(":") if isinstance(error, str) else (error, "", "")
-            encoded = failure_of(kind, message.strip())
-        elif not rerun:
-            context = OutcomeContext(scope, key, None)
-            encoded = EncodedOutcome(body=self.codec.encode(outcome, UNANNOTATED, context), codec=self.codec.name)
         done = await store.resolve(
-            scope, key, encoded, expect_token=expect_token, actor=actor or person_name(), reason=reason
+            scope, key, ending, expect_token=expect_token, actor=actor or person_name(), reason=reason
         )
         if done is None:
             return None

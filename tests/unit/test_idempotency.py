@@ -10,6 +10,8 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, cast
 
 import pytest
@@ -177,6 +179,42 @@ def test_a_doubt_is_resolved_by_an_outcome(world: World) -> None:
         assert run(world, lambda: pytest.fail("it ran")) == outcome
         world.pass_time(1)
         world.drive(world.idem.forget if world.runtime == "blocking" else world.idem.aforget, SCOPE, "A-1")
+
+
+@dataclass
+class Receipt:
+    number: int
+
+
+def charge() -> Receipt:
+    raise TimeoutError
+
+
+async def acharge() -> Receipt:
+    raise TimeoutError
+
+
+def test_an_outcome_with_a_class_is_resolved_under_its_type(world: World) -> None:
+    """It is kept as the handler's own return type would keep it, and duplicates get the class; the error names it."""
+    idem = world.idem
+
+    def deliver() -> Receipt:
+        options: dict[str, Any] = {"scope": SCOPE, "key": "A-1", "policy": Policy(on_crash="hold")}
+        if world.runtime == "blocking":
+            return idem.run(charge, **options)
+        found: Receipt = world.driver(idem.arun(acharge, **options))
+        return found
+
+    with pytest.raises(TimeoutError):
+        deliver()
+    with pytest.raises(OutcomeError, match="give resolve its return type as outcome_type"):
+        resolve(world, outcome=Receipt(17))
+    with pytest.raises(OutcomeError, match=r"cannot be kept under the return annotation \S*datetime"):
+        resolve(world, outcome=Receipt(17), outcome_type=datetime)
+    with pytest.raises(ConfigurationError, match="outcome_type"):
+        resolve(world, rerun=True, outcome_type=Receipt)
+    assert resolve(world, outcome=Receipt(17), outcome_type=Receipt).state is State.COMPLETED
+    assert deliver() == Receipt(17)
 
 
 def test_a_doubt_is_resolved_by_running_again(world: World) -> None:
