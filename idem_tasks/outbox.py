@@ -28,7 +28,8 @@ Sender = Callable[[OutboxMessage], None]
 """Sends one message, or raises; called in the thread that relays (from asyncio in a thread of its own).
 
 It returns once the message is safe with its receiver or broker, and not before: then it is forgotten here. It may have
-a method `check(options)`, which raises for options that it does not understand, when the message is published.
+a method `check(options)`, which raises for options that it does not understand, and `check_headers(headers)` likewise,
+when the message is published.
 """
 
 CELERY = "celery"
@@ -122,7 +123,7 @@ class OutgoingMessages:
         if check is not None:
             check(options)
         number, id_ = self._next()
-        self._add(number, id_, to, body, headers, options)
+        self._add(number, id_, to, body, headers, options, getattr(sender, "check_headers", None))
         return id_
 
     def close(self) -> tuple[OutboxMessage, ...]:
@@ -153,7 +154,14 @@ class OutgoingMessages:
             raise ConfigurationError("the handler has ended: what it publishes now would never be sent")
 
     def _add(
-        self, number: int, id_: str, to: str, body: Any, headers: Mapping[str, Any], options: Mapping[str, Any]
+        self,
+        number: int,
+        id_: str,
+        to: str,
+        body: Any,
+        headers: Mapping[str, Any],
+        options: Mapping[str, Any],
+        check_headers: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         before = sys.exception()
         try:
@@ -165,7 +173,10 @@ class OutgoingMessages:
         if len(content) > _MESSAGE_BYTES:
             raise MessageError(f"message {number} has {len(content)} bytes as JSON; {_MESSAGE_BYTES} are the most")
         lease = self._lease
-        self._messages[number] = OutboxMessage(id_, lease.scope, lease.key, lease.fencing_token, number, to, content)
+        message = OutboxMessage(id_, lease.scope, lease.key, lease.fencing_token, number, to, content)
+        if check_headers is not None:
+            check_headers(message.headers)
+        self._messages[number] = message
         self._refuse_if_closed()  # while another thread's handler ended: rather say so of one that is sent
 
 

@@ -7,11 +7,14 @@ duplicate: a task under `@idempotent_task` then answers with its recorded outcom
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import date, datetime
+from numbers import Real
 from typing import Any
 
 from celery import Celery, Task
 from celery._state import get_current_app, get_current_task
 from celery.canvas import Signature, chunks
+from celery.utils.time import maybe_iso8601
 from kombu import Producer
 from kombu.serialization import dumps
 
@@ -20,6 +23,7 @@ from idem_tasks.claims import OutboxMessage
 from idem_tasks.errors import ConfigurationError, MessageError
 from idem_tasks.idempotency import Idempotency
 from idem_tasks.integrations.celery_put_back import CONFIRM_TIMEOUT, confirming_producer
+from idem_tasks.integrations.kombu import check_headers, check_options
 from idem_tasks.outbox import message_id
 from idem_tasks.runtime import run_sync
 from idem_tasks.tagged import NoForm, tag, type_name, untag
@@ -31,7 +35,8 @@ Plain = dict[str, Any]
 def freeze(task: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], id_: str) -> Plain:
     """Return the task's or canvas's signature as dicts, with an id for every task in it; `task` itself is not changed.
 
-    Ids that the user gave stay. Raises `ConfigurationError` for what is neither, and for a signature with arguments.
+    Ids that the user gave stay. Raises `ConfigurationError` for what is neither, for a signature with arguments and for
+    options that could never be sent; `TypeError` for arguments that the task does not take, as `apply_async` does.
     """
     if isinstance(task, Task):
         signature = task.signature(args, dict(kwargs))
@@ -48,6 +53,7 @@ def freeze(task: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], id_: str
         plain["options"].setdefault("root_id", request.root_id or request.id)
         plain["options"].setdefault("parent_id", request.id)
     _check_serializable(plain, signature)
+    _check_sendable(plain, signature.app)
     return plain
 
 
@@ -136,6 +142,42 @@ def _check_serializable(plain: Plain, signature: Signature) -> None:
             f"{plain['task']} cannot be published: its arguments cannot be written as {serializer} "
             f"({type(error.__cause__ or error).__name__})"
         ) from error
+
+
+def _check_sendable(plain: Plain, app: Celery) -> None:
+    """Raise now what every send would raise: what is wrong would hold up all later messages of its key."""
+    options, kwargs = plain["options"], plain["kwargs"]
+    check_options(options)
+    check_headers(options.get("headers") or {})
+    for name, kinds in _TIMES.items():
+        if not _is_time(options.get(name), kinds):
+            raise ConfigurationError(f"{name}={options[name]!r} is no time that Celery could send")
+    match plain.get("subtask_type"):
+        case "chain":
+            parts = kwargs["tasks"][:1]  # the others are sent by those before them, with their results
+        case "group":
+            parts = kwargs["tasks"]
+        case "chord":
+            parts = _header(kwargs)
+        case _:
+            parts = []
+            task = app.tasks.get(plain["task"])
+            if task is not None and task.typing and hasattr(task, "__header__"):
+                task.__header__(*plain["args"], **kwargs)  # as apply_async does
+    for part in parts:
+        _check_sendable(part, app)
+
+
+_TIMES: dict[str, tuple[type, ...]] = {"countdown": (Real,), "expires": (Real, datetime, str), "eta": (date, str)}
+
+
+def _is_time(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, str) and str in kinds:
+        try:
+            maybe_iso8601(value)
+        except ValueError:
+            return False
+    return value is None or isinstance(value, kinds)
 
 
 def encode(plain: Plain) -> Any:

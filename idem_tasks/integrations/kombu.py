@@ -6,18 +6,24 @@ import contextlib
 import os
 import threading
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from kombu import Connection, Producer, Queue
 
 from idem_tasks.claims import OutboxMessage
-from idem_tasks.errors import ConfigurationError
+from idem_tasks.errors import ConfigurationError, MessageError
 
 _CONFIRM_TIMEOUT = 10.0
 """Seconds to wait for the broker's confirmation."""
 
 _CONNECT_TIMEOUT = 5.0
 """Seconds in which a broker that is there accepts a connection."""
+
+_MOST_OF_A_SHORT_TEXT = 255
+"""Bytes; as long as AMQP's short strings are."""
+
+_HIGHEST_PRIORITY = 255
 
 _OPTIONS = frozenset({"exchange", "routing_key", "queue", "mandatory", "priority", "expiration"})
 
@@ -36,19 +42,29 @@ class KombuSender:
     def __init__(self, url: str, **defaults: Any) -> None:
         self._url = url
         self._defaults = defaults
-        self.check({})
+        self._check(defaults)
         self._lock = threading.Lock()
         self._pid = 0
         self._producer: Producer | None = None
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Raise `ConfigurationError` for options that it does not know."""
+        """Raise `ConfigurationError` for options that it does not know, and for values that no broker takes."""
         options = {**self._defaults, **options}
+        self._check(options)
+        if not any(options.get(name) for name in ("exchange", "routing_key", "queue")):
+            raise ConfigurationError("a message needs a queue, an exchange or a routing_key")
+
+    def _check(self, options: Mapping[str, Any]) -> None:
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
             raise ConfigurationError(f"unknown options: {', '.join(unknown)}; known: {', '.join(sorted(_OPTIONS))}")
         if "queue" in options and "exchange" in options:
             raise ConfigurationError("a message goes either to a queue or to an exchange")
+        check_options(options)
+
+    def check_headers(self, headers: Mapping[str, Any]) -> None:
+        """Raise `MessageError` for headers that AMQP cannot hold."""
+        check_headers(headers)
 
     def __call__(self, message: OutboxMessage) -> None:
         """Return once the broker has the message; raise what kombu raises."""
@@ -97,3 +113,38 @@ class KombuSender:
         """Close the connection of this process; a further message opens a new one."""
         with self._lock:
             self._disconnect()
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `ConfigurationError` for values with which a message could never be sent."""
+    for name in ("exchange", "routing_key", "queue"):
+        text = options.get(name)
+        if text is not None and not (isinstance(text, str) and _is_short(text)):
+            raise ConfigurationError(f"{name} must be a text of at most {_MOST_OF_A_SHORT_TEXT} bytes")
+    priority, expiration = options.get("priority"), options.get("expiration")
+    if priority is not None and not (isinstance(priority, int) and 0 <= priority <= _HIGHEST_PRIORITY):
+        raise ConfigurationError(f"priority={priority!r} must be a whole number from 0 to {_HIGHEST_PRIORITY}")
+    if expiration is not None and not (isinstance(expiration, Real) and 0 <= float(expiration) < float("inf")):
+        raise ConfigurationError(f"expiration={expiration!r} must be a number of seconds, 0 or more")
+
+
+def check_headers(headers: Mapping[Any, Any]) -> None:
+    """Raise `MessageError` for a name of more than 255 bytes, and for a whole number of more than 64 bits."""
+    for name, value in headers.items():
+        if not (isinstance(name, str) and _is_short(name)):
+            raise MessageError(f"the name of a header must be a text of at most {_MOST_OF_A_SHORT_TEXT} bytes")
+        _check_header(name, value)
+
+
+def _check_header(name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        check_headers(value)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _check_header(name, each)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise MessageError(f"the header {name!r} must be a whole number of at most 64 bits")
+
+
+def _is_short(text: str) -> bool:
+    return len(text.encode("utf-8", "surrogatepass")) <= _MOST_OF_A_SHORT_TEXT

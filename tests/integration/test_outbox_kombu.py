@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 from kombu import Connection, Exchange, Queue
 
-from idem_tasks import ConfigurationError, Idempotency, RelayReport, SQLStore, current_claim
+from idem_tasks import (
+    ConfigurationError,
+    Idempotency,
+    MessageError,
+    RelayReport,
+    SQLStore,
+    current_claim,
+)
 from idem_tasks.integrations.kombu import KombuSender
 from tests.services.rabbitmq_server import RabbitMQServer
 from tests.services.redis_server import RedisServer
@@ -81,7 +88,50 @@ def test_wrong_options_are_refused_at_publish(sqlite_url: str) -> None:
             publishing(idem, "k", 1, queu="x")
         with pytest.raises(ConfigurationError, match="either to a queue or to an exchange"):
             publishing(idem, "k", 1, queue="x")
+        with pytest.raises(ConfigurationError, match="needs a queue, an exchange or a routing_key"):
+            publishing(idem, "k", 1, exchange="")
         assert idem.relay().left == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"priority": "high"}, {"priority": -1}, {"priority": 256}, {"expiration": "soon"}, {"expiration": -1},
+        {"routing_key": "r" * 256}, {"routing_key": "ä" * 128}, {"exchange": 1}, {"exchange": "x" * 256},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_can_never_be_sent_are_refused(sqlite_url: str, options: dict[str, Any]) -> None:
+    """At publish, and as defaults at once: such a message would hold up its key for ever."""
+    name = next(iter(options))
+    with pytest.raises(ConfigurationError, match=name):
+        KombuSender("amqp://localhost:1//", **options)
+    sender = KombuSender("amqp://localhost:1//", exchange="x")
+    with Idempotency(store=SQLStore(sqlite_url), senders={"broker": sender}, observers=[]) as idem:
+        with pytest.raises(ConfigurationError, match=name):
+            publishing(idem, "k", 1, **options)
+        assert idem.relay().left == 0
+    KombuSender("amqp://localhost:1//", queue="ä" * 127, priority=255, expiration=0.5, mandatory=False)
+
+
+@pytest.mark.parametrize("headers", [{"n": 2**63}, {"a": [{"n": 2**63}]}, {"n" * 256: 1}, {"a": {"n" * 256: 1}}])
+def test_headers_that_can_never_be_sent_are_refused(sqlite_url: str, headers: dict[str, Any]) -> None:
+    """AMQP holds names of 255 bytes and numbers of 64 bits."""
+    sender = KombuSender("amqp://localhost:1//", exchange="x")
+    with Idempotency(store=SQLStore(sqlite_url), senders={"broker": sender}, observers=[]) as idem:
+        with pytest.raises(MessageError, match="header"):
+            publishing(idem, "k", 1, headers=headers)
+        assert idem.relay().left == 0
+
+
+def test_what_amqp_can_just_hold_is_sent(rabbitmq_url: str, sqlite_url: str, unique_name: str) -> None:
+    """The longest names, the largest numbers."""
+    headers = {"n" * 255: [-(2**63), 2**63 - 1, None, 0.5, True, {"a": "b"}]}
+    sender = KombuSender(rabbitmq_url, priority=255, expiration=60)
+    with Idempotency(store=SQLStore(sqlite_url), senders={"broker": sender}, observers=[]) as idem, closing(sender):
+        publishing(idem, "k", 1, queue=unique_name, headers=headers)
+        [message] = received(rabbitmq_url, unique_name, 1)
+    assert message.headers == {**headers, "scope": "s", "key": "k"}
 
 
 @pytest.mark.parametrize("fixture", ["private_rabbitmq", "private_redis"])

@@ -1,18 +1,29 @@
 """Tasks that a task publishes through its claim arrive once it is recorded, whoever is killed on the way."""
 
+# mypy: disable-error-code="untyped-decorator"
+
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 import pytest
-from celery import chain, chord, group
+from celery import Celery, Signature, chain, chord, group
 from kombu import Connection
 
-from idem_tasks import Idempotency, OutboxMessage, RelayReport
+from idem_tasks import (
+    ConfigurationError,
+    Idempotency,
+    MemoryStore,
+    MessageError,
+    OutboxMessage,
+    RelayReport,
+    current_claim,
+)
 from idem_tasks.integrations.celery_outbox import CelerySender, encode, freeze, result_id
 from tests.integration.celery.workers import Shop
 from tests.services.waiting import wait_until
@@ -115,6 +126,88 @@ def test_beat_relays(own_shop: Callable[..., Shop], unique_name: str) -> None:
         return shop.ledger.count("effect", f"{unique_name}-0") > 0
 
     wait_until(is_sent, seconds=SECONDS, what="the relay to send")
+
+
+FAR = Celery("far", broker="amqp://localhost:1//", set_as_current=False)
+"""Whose broker is away, as at a wrong moment."""
+
+
+@FAR.task
+def ship(order_id: str, weight: int = 1) -> None: ...
+
+
+@FAR.task(bind=True)
+def bound(self: Any, order_id: str) -> None: ...
+
+
+@FAR.task(typing=False)
+def untyped(order_id: str) -> None: ...
+
+
+def published(*args: Any, **kwargs: Any) -> None:
+    """Let a handler publish this; no relay of this process sends it."""
+    store = MemoryStore()
+    with Idempotency(store=store, observers=[], senders={"celery": lambda _message: None}) as idempotency:
+        idempotency.run(lambda: current_claim().publish(*args, **kwargs) and None, scope="s", key="k")
+
+
+@pytest.mark.parametrize(
+    "canvas",
+    [
+        ship.s(), ship.s("a", wieght=2), bound.s(), ship.si("a", 1, 2),
+        chain(ship.s(), ship.s("a")), group(ship.s("a"), ship.s()), chord([ship.s("a"), ship.s()], ship.si("a")),
+        group(chain(ship.s())), group(ship.s("a"), ship.s()) | ship.si("a"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_refused_at_publish(canvas: Any) -> None:
+    """With TypeError, as `delay` does: such a message could never be sent, and its key would wait for ever."""
+    with pytest.raises(TypeError):
+        published(canvas)
+
+
+def test_wrong_arguments_of_a_task_are_refused_at_publish() -> None:
+    """As those of a signature."""
+    for wrong in ((ship,), (ship, "a", 1, 2), (bound,)):
+        with pytest.raises(TypeError):
+            published(*wrong)
+    with pytest.raises(TypeError):
+        published(ship, "a", wieght=2)
+
+
+@pytest.mark.parametrize(
+    "canvas",
+    [
+        ship.s("a"), bound.s("a"), untyped.s(), chain(ship.s("a"), bound.s()), Signature("elsewhere", app=FAR),
+        chord([ship.s("a")], bound.s()), ship.s("a").set(eta="2026-01-02T03:04:05Z", expires=5.0, priority=9),
+        ship.s("a").set(countdown=1.5, expires="2026-01-02", headers={"n": 2**63 - 1}), ship.map(["a", "b"]),
+        ship.s("a").set(eta=datetime(2026, 1, 2, tzinfo=UTC), expires=datetime(2026, 1, 2, tzinfo=UTC)),
+    ],
+)  # fmt: skip
+def test_what_celery_would_send_is_published(canvas: Any) -> None:
+    """Arguments that a task takes; arguments that an earlier one of a chain gives it; tasks of other processes."""
+    published(canvas)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"priority": "high"}, {"priority": 256}, {"routing_key": "r" * 256}, {"queue": 1}, {"countdown": "soon"},
+        {"expires": "tomorrow"}, {"eta": "tomorrow"}, {"eta": 5}, {"expiration": "soon"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_can_never_be_sent_are_refused_at_publish(options: dict[str, Any]) -> None:
+    """And those of a part of a canvas too."""
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        published(ship.s("a").set(**options))
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        published(group(ship.s("a"), ship.s("a").set(**options)))
+
+
+def test_headers_that_can_never_be_sent_are_refused_at_publish() -> None:
+    """More than 64 bits are more than AMQP has."""
+    with pytest.raises(MessageError, match="'n' must be a whole number of at most 64 bits"):
+        published(ship.s("a").set(headers={"x": [{"n": 2**63}]}))
 
 
 CANVASES: dict[str, Callable[[Shop, str], Any]] = {
