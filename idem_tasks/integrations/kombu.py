@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -46,6 +47,7 @@ class KombuSender:
         self._lock = threading.Lock()
         self._pid = 0
         self._producer: Producer | None = None
+        _made.add(self)
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise `ConfigurationError` for options that it does not know, and for values that no broker takes."""
@@ -113,6 +115,19 @@ class KombuSender:
         """Close the connection of this process; a further message opens a new one."""
         with self._lock:
             self._disconnect()
+
+
+_made: weakref.WeakSet[KombuSender] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked child: a lock's holder may be a thread that only the parent has."""
+    for sender in list(_made):
+        sender._lock = threading.Lock()  # noqa: SLF001 - of this module
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def check_options(options: Mapping[str, Any]) -> None:

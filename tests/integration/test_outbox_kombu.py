@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from contextlib import closing
 from typing import Any
@@ -13,6 +15,7 @@ from idem_tasks import (
     ConfigurationError,
     Idempotency,
     MessageError,
+    OutboxMessage,
     RelayReport,
     SQLStore,
     current_claim,
@@ -132,6 +135,28 @@ def test_what_amqp_can_just_hold_is_sent(rabbitmq_url: str, sqlite_url: str, uni
         publishing(idem, "k", 1, queue=unique_name, headers=headers)
         [message] = received(rabbitmq_url, unique_name, 1)
     assert message.headers == {**headers, "scope": "s", "key": "k"}
+
+
+def test_a_child_that_is_forked_in_mid_send_sends(rabbitmq_url: str, unique_name: str) -> None:
+    """It has no thread that would let go of the lock; its connection is its own, and the parent's goes on."""
+    sender = KombuSender(rabbitmq_url, queue=unique_name)
+    message = OutboxMessage("0" * 32, "s", "k", 1, 0, "broker", b'{"body":1,"headers":{},"options":{}}')
+    sender(message)
+    with sender._lock:  # as another thread has it that sends
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            failed = 1
+            try:
+                sender(message)
+                failed = 0
+            finally:
+                os._exit(failed)
+        status = os.waitpid(child, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == 0
+    sender(message)
+    sender.close()
+    assert len(received(rabbitmq_url, unique_name, 3)) == 3
 
 
 @pytest.mark.parametrize("fixture", ["private_rabbitmq", "private_redis"])
