@@ -1,4 +1,4 @@
-"""Why an effect under `charge` may have been repeated: the windows of docs/guarantees.md, and nothing else.
+"""Why an effect of `charge` or `ship` may have been repeated: the windows of docs/guarantees.md, and nothing else.
 
 An outside effect under `on_crash="rerun"` happens once, "unless in mid-run a worker dies, is paused past its lease,
 runs past `max_hold`, or the handler raises after the effect; or SQL stays unreachable at the finish past the lease and
@@ -18,10 +18,13 @@ and the marker lost went away before the run answered, and stayed away for as lo
 SQL out of reach    "3 run: renewals fail and are tried again until the lease is over", and "a worker that is alive but
 in mid-run          cannot renew is as one that is paused": the same, but the repeat began while the earlier run
                     had not answered. No marker is asked for: it is renewed after its record, so it ran out with it.
+SQL out of reach    Under "Steps": "SQL is away until its lease is over", before a step's outcome is recorded: "runs it
+at the end of       again". Nothing but the record keeps that outcome, so no marker is asked for; the message was put
+a step              back, and the claim given up if SQL came back at that moment.
 
-In each of them the dead claim is found by the next delivery, so the run that follows says `taken_over`; a run after a
-claim that was given up is explained by nothing. How much of a lease was left is not known: it is renewed at each third
-of it, and on a busy machine a little later. So half of it is asked for.
+In each of them but the last the dead claim is found by the next delivery, so the run that follows says `taken_over`; a
+run after a claim that was given up is explained by nothing. How much of a lease was left is not known: it is renewed at
+each third of it, and on a busy machine a little later. So half of it is asked for.
 """
 
 from __future__ import annotations
@@ -73,9 +76,13 @@ class Explained:
 
 def explain(run: Run, next_run: Started, faults: Iterable[Fault], lease: float) -> tuple[Fault, ...]:
     """Return the faults by which a later run may repeat the effect of `run`; () if none. `next_run` follows it."""
+    faults = tuple(faults)
+    if run.started.task == "ship" and run.was_put_back:
+        for fault in faults:
+            if _sql_was_away(run, next_run, fault, lease):
+                return (fault,)
     if not next_run.taken_over:
         return ()
-    faults = tuple(faults)
     for fault in faults:
         if fault.kind in KILLS and _killed(run, next_run, fault):
             return (fault,)

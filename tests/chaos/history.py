@@ -25,8 +25,9 @@ FAULT_KINDS = (
     "sentinel_failover",
 )
 
-TASKS = ("charge", "pay", "post")
-"""`charge` runs again after a crash, `pay` is held for a person, `post` writes a row in its record's transaction."""
+TASKS = ("charge", "pay", "post", "ship")
+"""`charge` runs again after a crash; `pay` is held for a person; `post` writes a row in its record's transaction; and
+`ship` runs again too, and has its effect in the first of two steps. The last two publish a message each."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,32 @@ class Effect:
     pid: int
     attempt: int
     fencing_token: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A handler was given the outcome of a step, its own or an earlier one's."""
+
+    at: float
+    shop: str
+    order: str
+    task: str
+    pid: int
+    fencing_token: int
+    step: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message that a handler had published was sent, by a worker or by the relay at the end."""
+
+    at: float
+    shop: str
+    order: str
+    task: str
+    pid: int
+    id: str
 
 
 @dataclass(frozen=True)
@@ -119,6 +146,8 @@ class History:
     published: tuple[Published, ...]
     started: tuple[Started, ...]
     effects: tuple[Effect, ...]
+    stepped: tuple[Stepped, ...]
+    sent: tuple[Sent, ...]
     answered: tuple[Answered, ...]
     faults: tuple[Fault, ...]
     kept: tuple[Kept, ...]
@@ -126,12 +155,14 @@ class History:
     lease: float = 0.0  # seconds, of all claims; without it a run cannot be judged
 
 
-Row: TypeAlias = Published | Started | Effect | Answered | Fault | Kept
+Row: TypeAlias = Published | Started | Effect | Stepped | Sent | Answered | Fault | Kept
 
 ROWS: dict[str, type[Row]] = {
     "published": Published,
     "started": Started,
     "effects": Effect,
+    "stepped": Stepped,
+    "sent": Sent,
     "answered": Answered,
     "faults": Fault,
     "kept": Kept,

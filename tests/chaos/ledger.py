@@ -12,9 +12,9 @@ from typing import Self, TypeVar
 import msgspec
 import psycopg
 
-from tests.chaos.history import ROWS, Answered, Effect, Started
+from tests.chaos.history import ROWS, Answered, Effect, Sent, Started, Stepped
 
-R = TypeVar("R", Started, Effect, Answered)
+R = TypeVar("R", Started, Effect, Stepped, Sent, Answered)
 
 NAMES = {kind: name for name, kind in ROWS.items()}
 
@@ -39,7 +39,7 @@ class Ledger:
             "CREATE TABLE ledger (number bigserial PRIMARY KEY, name text, shop text, pid bigint, told text)"
         )
 
-    def note(self, row: Started | Effect | Answered) -> None:
+    def note(self, row: Started | Effect | Stepped | Sent | Answered) -> None:
         self._connected().execute(
             "INSERT INTO ledger (name, shop, pid, told) VALUES (%s, %s, %s, %s)",
             (NAMES[type(row)], row.shop, row.pid, msgspec.json.encode(asdict(row)).decode()),

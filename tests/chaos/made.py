@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tests.chaos.history import Answered, Effect, Fault, History, Kept, Published, Started
+from tests.chaos.history import Answered, Effect, Fault, History, Kept, Published, Sent, Started, Stepped
 
 SHOP = "rabbitmq+postgresql"
 OTHER_SHOP = "redis+mariadb"
@@ -24,6 +24,8 @@ class Made:
     published: list[Published] = field(default_factory=list)
     started: list[Started] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)
+    stepped: list[Stepped] = field(default_factory=list)
+    sent: list[Sent] = field(default_factory=list)
     answered: list[Answered] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
@@ -38,6 +40,8 @@ class Made:
             published=tuple(self.published),
             started=tuple(self.started),
             effects=tuple(self.effects),
+            stepped=tuple(self.stepped),
+            sent=tuple(self.sent),
             answered=tuple(self.answered),
             faults=tuple(self.faults),
             kept=tuple(self.kept),
@@ -91,6 +95,14 @@ class Order:
         self.made.effects.append(row)
         return row
 
+    def step(self, run: Started, at: float, value: str, name: str = "pick") -> None:
+        self.made.stepped.append(
+            Stepped(at=BEGAN + at, pid=run.pid, fencing_token=run.fencing_token, step=name, value=value, **self.key)
+        )
+
+    def send(self, at: float, id_: str = "id 1") -> None:
+        self.made.sent.append(Sent(at=BEGAN + at, pid=1, id=id_, **self.key))
+
     def answer(
         self, at: float, outcome: str | None, *, pid: int = 1, message: str = "m1", error: str | None = None
     ) -> None:
@@ -117,6 +129,8 @@ class Order:
         """Run from beginning to end, and record the outcome."""
         run = self.start(at, taken_over=taken_over)
         self.effect(run, at + WORK)
+        if self.key["task"] in ("post", "ship"):
+            self.send(at + 2 * WORK)
         self.answer(at + 2 * WORK, self.outcome(run.fencing_token), pid=run.pid, message=message)
         self.keep(crashes=int(taken_over))
         return run

@@ -81,7 +81,7 @@ def _repeats(history: History, verdict: Verdict) -> Iterator[str]:
     if not verdict.explained:
         yield "None."
         return
-    yield "An effect under `charge` that happened again, as `docs/guarantees.md` says it may after such a fault."
+    yield "An effect of `charge` or `ship` that happened again, as `docs/guarantees.md` says it may after such a fault."
     yield ""
     yield from _table(
         ("order", "first effect", "fault", "second effect"),

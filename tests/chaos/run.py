@@ -15,12 +15,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from idem_tasks import Idempotency
 from idem_tasks.outcomes import JsonCodec, OutcomeContext
 from tests.chaos import history, report, sales, verdict
 from tests.chaos.faults import LEASE, Faults, Shop
-from tests.chaos.history import FAULT_KINDS, TASKS, Answered, Effect, Fault, History, Kept, Published, Started
+from tests.chaos.history import (
+    FAULT_KINDS,
+    TASKS,
+    Answered,
+    Effect,
+    Fault,
+    History,
+    Kept,
+    Published,
+    Sent,
+    Started,
+    Stepped,
+)
 from tests.chaos.ledger import Ledger
 from tests.chaos.plan import planned
 from tests.chaos.proxy import Proxies
@@ -38,6 +51,9 @@ RATE = 4.0
 
 SECONDS_TO_SETTLE = 240.0
 SECONDS_WITHOUT_PROGRESS = 30.0
+SECONDS_UNTIL_ALL_IS_SENT = 90.0
+"""A sender that dies has its messages for a minute more."""
+
 SECONDS_OF_CALM = 3.0
 """Before the first fault, so that there is something to strike."""
 
@@ -177,6 +193,8 @@ class Show:
         ended = time.time()
         for worker in workers_of(self._shops):
             worker.kill()
+        for shop in self._shops:
+            send_the_rest(shop.premises, self._ledger)
         return self._history(ended, left)
 
     def _strike(self) -> None:
@@ -230,6 +248,8 @@ class Show:
             published=published,
             started=self._ledger.rows(Started),
             effects=(*self._ledger.rows(Effect), *(row for shop in self._shops for row in sold_by(shop.premises))),
+            stepped=self._ledger.rows(Stepped),
+            sent=self._ledger.rows(Sent),
             answered=self._ledger.rows(Answered),
             faults=tuple(sorted(self._faults.told, key=lambda fault: fault.at)),
             kept=tuple(kept for shop in self._shops for kept in kept_by(shop.premises, published)),
@@ -263,6 +283,14 @@ def sold_by(premises: Premises) -> Iterator[Effect]:
     return sales.sold(premises.database.direct_url, premises.name)
 
 
+def send_the_rest(premises: Premises, ledger: Ledger) -> None:
+    """Let a relay send what crashes left behind, as soon as nobody has it leased any more."""
+    with direct(premises, senders={"post": sales.post_office(ledger, premises.name)}) as idem:
+        deadline = time.monotonic() + SECONDS_UNTIL_ALL_IS_SENT
+        while idem.relay().left and time.monotonic() < deadline:
+            time.sleep(1.0)
+
+
 def kept_by(premises: Premises, published: Sequence[Published]) -> Iterator[Kept]:
     """The record of every order, whether there is one or not."""
     with direct(premises) as idem:
@@ -288,9 +316,10 @@ def kept_by(premises: Premises, published: Sequence[Published]) -> Iterator[Kept
         )
 
 
-def direct(premises: Premises) -> Idempotency:
+def direct(premises: Premises, **options: Any) -> Idempotency:
     """The records, not through a proxy."""
-    return Idempotency.from_urls(database_url=premises.database.direct_url, create_schema=False, observers=[])
+    url = premises.database.direct_url
+    return Idempotency.from_urls(database_url=url, create_schema=False, observers=[], **options)
 
 
 def say(line: str) -> None:

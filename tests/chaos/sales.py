@@ -1,17 +1,21 @@
-"""What `post` writes: a row for each sale, in the database of the records and in one transaction with its record.
+"""What a shop has besides its records: rows of sales, and a post office for the messages that its handlers publish.
 
-Nothing in the table keeps two rows of one order from being there: that is for the library.
+Rows are in the database of the records, each in one transaction with its record. Nothing in the table keeps two rows of
+one order from being there: that is for the library.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sqlalchemy import BigInteger, Column, Double, Integer, MetaData, String, Table, create_engine, select
 
-from tests.chaos.history import Effect
+from idem_tasks import OutboxMessage
+from tests.chaos.history import Effect, Sent
+from tests.chaos.ledger import Ledger
 
 SALES = Table(
     "sales",
@@ -44,3 +48,12 @@ def sold(url: str, shop: str) -> Iterator[Effect]:
         for row in connection.execute(select(SALES)):
             yield Effect(row.at, shop, row.order, "post", row.pid, row.attempt, row.fencing_token)
     engine.dispose()
+
+
+def post_office(ledger: Ledger, shop: str) -> Callable[[OutboxMessage], None]:
+    """Return a sender that writes down what it sent."""
+
+    def send(message: OutboxMessage) -> None:
+        ledger.note(Sent(time.time(), shop, message.key, message.scope, os.getpid(), message.id))
+
+    return send

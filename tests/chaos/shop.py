@@ -20,9 +20,9 @@ from sqlalchemy import create_engine, insert
 from sqlalchemy.orm import Session, sessionmaker
 
 from idem_tasks import configure, current_claim, idempotent_task, log_event
-from tests.chaos.history import Answered, Effect, Started
+from tests.chaos.history import Answered, Effect, Started, Stepped
 from tests.chaos.ledger import Ledger
-from tests.chaos.sales import SALES, sale
+from tests.chaos.sales import SALES, post_office, sale
 
 Handler = Callable[..., str]
 
@@ -32,7 +32,7 @@ LATE: Any = {"acks_late": True, "reject_on_worker_lost": True}
 
 TRANSPORT_ALIASES["redis"] = "tests.chaos.careful_redis:Transport"
 ledger = Ledger(SETTINGS["ledger"])
-configure(**SETTINGS["store"], observers=[log_event])
+configure(**SETTINGS["store"], observers=[log_event], senders={"post": post_office(ledger, SHOP)})
 Sales = sessionmaker(create_engine(SETTINGS["store"]["database_url"], **SETTINGS["engine"]))
 app = Celery("shop")
 app.conf.update(SETTINGS["celery"])
@@ -81,8 +81,34 @@ def post(order: str, before: float, after: float, session: Session) -> str:
     ledger.note(Started(time.time(), SHOP, order, "post", pid, claim.attempt, claim.fencing_token, claim.taken_over))
     time.sleep(before)
     session.execute(insert(SALES).values(sale(order, pid, claim.attempt, claim.fencing_token)))
+    claim.publish_message(order, to="post")
     time.sleep(after)
     return f"post {order} under {claim.fencing_token}, {secrets.token_hex(4)}"
+
+
+@app.task(name="ship", **LATE)
+@telling
+@idempotent_task(key="{order}", on_crash="rerun")
+def ship(order: str, before: float, after: float) -> str:
+    claim, pid = current_claim(), os.getpid()
+    token = claim.fencing_token
+    ledger.note(Started(time.time(), SHOP, order, "ship", pid, claim.attempt, token, claim.taken_over))
+
+    def pick() -> str:
+        time.sleep(before)
+        ledger.note(Effect(time.time(), SHOP, order, "ship", pid, claim.attempt, token))
+        return secrets.token_hex(4)
+
+    def label() -> str:
+        time.sleep(after)
+        return secrets.token_hex(4)
+
+    values = []
+    for step in (pick, label):
+        values.append(claim.step(step.__name__, step))
+        ledger.note(Stepped(time.time(), SHOP, order, "ship", pid, token, step.__name__, values[-1]))
+    claim.publish_message(order, to="post")
+    return f"ship {order} under {token}, {' '.join(values)}"
 
 
 def work(task: str, order: str, before: float, after: float) -> str:

@@ -48,6 +48,71 @@ def test_once() -> None:
     assert (totals["deliveries put back"], totals["effects"], totals["outcomes"]) == (1, 1, 1)
 
 
+def test_an_effect_in_a_step_is_not_that_of_the_outcome() -> None:
+    """A run that takes over goes on behind the step that was recorded: its outcome is of another token."""
+    order = order_of("ship")
+    first = order.start(1.0)
+    order.effect(first, 1.1)
+    order.step(first, 1.2, "picked")
+    order.made.fault("child_killed", 1.3, part=f"{SHOP} worker 0", pids=(first.pid,))
+    second = order.start(1.3 + LEASE, taken_over=True)
+    order.step(second, 3.4, "picked")
+    order.send(3.5)
+    order.answer(3.6, order.outcome(2), pid=second.pid)
+    order.keep(crashes=1)
+    verdict = verdict_of(order)
+    assert verdict.good, verdict.problems
+    assert verdict.totals()["messages sent"] == 1
+
+
+@pytest.mark.parametrize("task", ["charge", "ship"])
+def test_a_step_that_could_not_be_recorded_runs_again(task: str) -> None:
+    """SQL was away until the lease was over, and the claim was given up then: a step has no marker, and is explained."""
+    order = order_of(task)
+    first = order.start(1.0)
+    order.made.fault("black_hole", 1.5, 3.5, part=f"{SHOP} sql")
+    order.effect(first, 3.3)
+    order.answer(3.6, None, pid=first.pid, error="Ignore")
+    order.complete(4.0)
+    verdict = verdict_of(order)
+    assert verdict.good is (task == "ship"), verdict.problems
+    assert len(verdict.explained) == (task == "ship")
+
+
+def test_a_step_with_two_outcomes() -> None:
+    """A run that was given something else for a step than the one before it is found."""
+    order = order_of("ship")
+    run = order.complete(1.0)
+    order.step(run, 1.1, "picked")
+    order.step(run, 1.2, "picked again")
+    assert only(verdict_of(order)).worst == "duplicated"
+
+
+@pytest.mark.parametrize("task", ["post", "ship"])
+def test_a_message_that_is_never_sent_is_lost(task: str) -> None:
+    """The order is completed, and what it published is nowhere."""
+    order = order_of(task)
+    order.complete(1.0)
+    order.made.sent.clear()
+    verdict = verdict_of(order)
+    assert only(verdict).worst == "lost"
+    assert "never sent" in verdict.problems[0]
+
+
+def test_a_message_that_no_outcome_has() -> None:
+    """One that is sent though its run is not recorded is found; and one by two ids."""
+    order = order_of("ship")
+    order.complete(1.0)
+    order.send(2.0)
+    assert verdict_of(order).good, "at least once, by the same id"
+    order.send(3.0, "id 2")
+    assert only(verdict_of(order)).worst == "duplicated"
+    order = order_of("pay")
+    order.in_doubt(1.0)
+    order.send(2.0)
+    assert "a message sent, and its record is 'in_doubt'" in verdict_of(order).problems[0]
+
+
 def test_recovered() -> None:
     """An order whose process was killed before its effect, and that another took over, is recovered."""
     order = order_of()

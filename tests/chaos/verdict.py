@@ -4,8 +4,8 @@ An order is one key: a shop, a task and the order's number. For each order there
 
 lost        it was published, and at the end it is neither completed nor failed, in doubt or parked; or one of its
             messages never got an answer that ends it (an outcome, `InDoubtError`, `ParkedError`)
-duplicated  a second effect under `pay`, a second row of a `post`; under `charge` one that no fault explains
-            (`explained.py`)
+duplicated  a second effect under `pay`, a second row of a `post`; under `charge` and `ship` one that no fault explains
+            (`explained.py`); another outcome of a step, or a message by another id
 unexpected  something that no promise allows, such as an outcome that differs from another one: see `Rules`
 in doubt    as the record says at the end
 parked      as the record says at the end
@@ -26,7 +26,7 @@ from typing import Any
 
 from idem_tasks import errors
 from tests.chaos.explained import KILLS, Explained, Run, explain, may_be_in_doubt, strikes_claims, was_held_up
-from tests.chaos.history import Answered, Effect, Fault, History, Kept, Published, Started
+from tests.chaos.history import Answered, Effect, Fault, History, Kept, Published, Sent, Started, Stepped
 
 BROKEN = ("lost", "duplicated", "unexpected")
 
@@ -56,6 +56,7 @@ class Judged:
     deliveries: int
     put_back: int
     effects: int
+    sent: int
     takeovers: int
     killed: int
     """Runs whose process was killed before they answered, and whose outcome is not the recorded one."""
@@ -112,6 +113,7 @@ class Verdict:
             "deliveries": sum(judged.deliveries for judged in orders),
             "deliveries put back": sum(judged.put_back for judged in orders),
             "effects": sum(judged.effects for judged in orders),
+            "messages sent": sum(judged.sent for judged in orders),
             "outcomes": sum(judged.outcome is not None for judged in orders),
             "takeovers": sum(judged.takeovers for judged in orders),
             "killed in mid-run": sum(judged.killed for judged in orders),
@@ -149,18 +151,23 @@ class Rows:
     published: list[Published] = field(default_factory=list)
     started: list[Started] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)
+    stepped: list[Stepped] = field(default_factory=list)
+    sent: list[Sent] = field(default_factory=list)
     answered: list[Answered] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
 
 
 def _by_order(history: History) -> dict[tuple[str, str, str], Rows]:
     found: dict[tuple[str, str, str], Rows] = {}
-    for name in ("published", "started", "effects", "answered", "kept"):
+    for name in ("published", "started", "effects", "stepped", "sent", "answered", "kept"):
         for row in getattr(history, name):
             key = (row.shop, row.order, row.task)
             getattr(found.setdefault(key, Rows(key)), name).append(row)
     for rows in found.values():
-        timed: tuple[list[Any], ...] = (rows.published, rows.started, rows.effects, rows.answered)
+        timed: tuple[list[Any], ...] = (
+            *(rows.published, rows.started, rows.effects),
+            *(rows.stepped, rows.sent, rows.answered),
+        )
         for seen in timed:
             seen.sort(key=lambda row: row.at)
     return found
@@ -187,6 +194,8 @@ class Rules:
             self._is_not_lost,
             self._every_message_is_answered,
             self._effects_are_not_repeated,
+            self._a_step_has_one_outcome,
+            self._what_is_recorded_is_sent,
             self._was_published,
             self._has_one_record,
             self._outcome_is_one,
@@ -211,6 +220,7 @@ class Rules:
             deliveries=len(self._rows.answered),
             put_back=sum(row.error in PUT_BACK_ERRORS for row in self._rows.answered),
             effects=len(self._rows.effects),
+            sent=len(self._rows.sent),
             takeovers=sum(row.taken_over for row in self._rows.started),
             killed=sum(self._was_killed(row) for row in self._rows.started),
             state=self._state,
@@ -241,13 +251,30 @@ class Rules:
         by_token = sorted(self._rows.effects, key=lambda row: (row.fencing_token, row.at))
         for first, second in pairwise(by_token):
             faults = self._why_repeated(first) if first.fencing_token < second.fencing_token else ()
-            if faults and first.task == "charge":
+            if faults and first.task in ("charge", "ship"):
                 self._explained.append(Explained(first, faults, second))
                 continue
             yield (
                 "duplicated",
                 f"had its effect {self._of(first)} and again {self._of(second)}, {_NOT_TWICE[first.task]}",
             )
+
+    def _a_step_has_one_outcome(self) -> Iterator[tuple[str, str]]:
+        """Whoever was given one, was given the one that is recorded."""
+        given: dict[str, Stepped] = {}
+        for row in self._rows.stepped:
+            first = given.setdefault(row.step, row)
+            if row.value != first.value:
+                yield "duplicated", f"was given {first.value!r} and then {row.value!r} for step {row.step!r}"
+
+    def _what_is_recorded_is_sent(self) -> Iterator[tuple[str, str]]:
+        """Once at least and always by one id; and nothing else is."""
+        if self._rows.key[2] in ("post", "ship") and self._state == "completed" and not self._rows.sent:
+            yield "lost", "is completed, and its message was never sent"
+        if self._rows.sent and self._state != "completed":
+            yield "unexpected", f"had a message sent, and its record is {self._state!r}"
+        if len({row.id for row in self._rows.sent}) > 1:
+            yield "duplicated", f"had messages sent with {len({row.id for row in self._rows.sent})} ids"
 
     def _why_repeated(self, effect: Effect) -> tuple[Fault, ...]:
         started = next((row for row in self._rows.started if _is_of(effect, row)), None)
@@ -311,6 +338,8 @@ class Rules:
         token = TOKEN.search(self._outcome or "")
         if not self._rows.effects:
             yield "unexpected", f"has the outcome {self._outcome!r}, and never had an effect"
+        elif self._rows.key[2] == "ship":
+            return  # its effect is that of a step, which an earlier run may have recorded
         elif token and int(token[1]) not in {row.fencing_token for row in self._rows.effects}:
             yield "unexpected", f"has the outcome {self._outcome!r}, and no effect under that fencing token"
 
@@ -424,6 +453,7 @@ _NOT_TWICE = {
     "charge": "and no fault explains it",
     "pay": "though it is held after a crash",
     "post": "though its row is in one transaction with its record",
+    "ship": "and no fault explains it",
 }
 
 
