@@ -67,7 +67,7 @@ def test_an_effect_in_a_step_is_not_that_of_the_outcome() -> None:
 
 @pytest.mark.parametrize("task", ["charge", "ship"])
 def test_a_step_that_could_not_be_recorded_runs_again(task: str) -> None:
-    """SQL was away until the lease was over, and the claim was given up then: a step has no marker, and is explained."""
+    """SQL was away until the lease was over, and the claim was given up then: explained for a step, as no other is."""
     order = order_of(task)
     first = order.start(1.0)
     order.made.fault("black_hole", 1.5, 3.5, part=f"{SHOP} sql")
