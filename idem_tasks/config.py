@@ -81,6 +81,11 @@ def default_idempotency() -> Idempotency:
     return made
 
 
+def configured() -> Idempotency | None:
+    """Return what `configure` made; None if nobody has called it, or used the default."""
+    return _default
+
+
 @contextmanager
 def default_restored() -> Iterator[Idempotency | None]:
     """Give what `configure` made, or None if nobody called it, and restore that afterwards; for tests."""

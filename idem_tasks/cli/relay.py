@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
-import sys
 import threading
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from idem_tasks.cli import terminal
-from idem_tasks.config import default_idempotency
+from idem_tasks.cli.app import load
 from idem_tasks.errors import ConfigurationError, StoreError
 from idem_tasks.idempotency import Idempotency
 from idem_tasks.runtime import run_sync
@@ -42,17 +39,20 @@ def relay(
     Any number may run at once; of each key the messages are sent in order. TERM and Ctrl-C end it after the message
     that is being sent. With --once it exits with 1 if messages are left.
     """
-    idempotency = _load(app)
+    idempotency, talk = load(app), terminal.talk()
+    address = getattr(idempotency.store, "address", type(idempotency.store).__name__)
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: ending.set())
     with idempotency:
         if once:
+            talk.print(f"Relaying once from {address}.", soft_wrap=True)
             left = _send_all(idempotency, batch, ending)
             if left:
-                terminal.talk().print(f"{left} messages are left.")
+                talk.print(f"{left} messages are left.")
                 raise typer.Exit(1)
         else:
+            talk.print(f"Relaying from {address}; TERM or Ctrl-C ends it.", soft_wrap=True)
             _send_for_ever(idempotency, batch, poll, ending)
 
 
@@ -65,7 +65,6 @@ def _send_all(idempotency: Idempotency, batch: int, ending: threading.Event) -> 
 
 def _send_for_ever(idempotency: Idempotency, batch: int, poll: float, ending: threading.Event) -> None:
     talk, outbox = terminal.talk(), idempotency.services("blocking").relay
-    talk.print("Relaying; TERM or Ctrl-C ends it.")
     while not ending.is_set():
         try:
             sent, _failed = run_sync(outbox.send(batch, ending.is_set))  # which does not count what is left
@@ -77,22 +76,3 @@ def _send_for_ever(idempotency: Idempotency, batch: int, poll: float, ending: th
             talk.print(f"{error}; trying again.", soft_wrap=True)
         if not more:
             ending.wait(poll)
-
-
-def _load(place: str) -> Idempotency:
-    """Import what `--app` names, and return its `Idempotency`; raises `ConfigurationError`."""
-    name, _, attribute = place.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = importlib.import_module(name)
-        for part in attribute.split(".") if attribute else ():
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"--app {place}: {error}") from error
-    if isinstance(found, Idempotency):
-        return found
-    if "celery" in sys.modules:
-        from idem_tasks.integrations.celery_outbox import use_app
-
-        use_app(found)
-    return default_idempotency()

@@ -26,5 +26,6 @@ def talk() -> Console:
         file=sys.stderr,
         no_color=_no_color or None,
         highlight=False,
+        markup=False,  # a name in brackets is a name
         soft_wrap=not sys.stderr.isatty(),  # a line of a log is one line
     )

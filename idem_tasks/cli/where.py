@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -18,6 +16,7 @@ import typer
 
 from idem_tasks import config
 from idem_tasks.cli.answers import Answer
+from idem_tasks.cli.app import load
 from idem_tasks.errors import ConfigurationError
 from idem_tasks.idempotency import Idempotency
 from idem_tasks.stores import store_from_urls
@@ -40,7 +39,10 @@ TablePrefix = Annotated[
 App = Annotated[
     str | None,
     _option(
-        "--app", "A module of yours that calls configure: its store is used; also IDEM_TASKS_APP.", metavar="MODULE"
+        "--app",
+        "A module of yours that calls configure, or MODULE:APP with its Idempotency: its store is used; "
+        "also IDEM_TASKS_APP.",
+        metavar="MODULE[:APP]",
     ),
 ]
 
@@ -76,7 +78,7 @@ class Where:
     def open(self) -> Iterator[Idempotency]:
         """Give the `Idempotency` of this store; raises `ConfigurationError` where there is none."""
         if self.app:
-            yield _configured_by(self.app)
+            yield load(self.app)
             return
         database_url = self.database_url
         if database_url is None and self.redis_url is None:
@@ -100,17 +102,6 @@ def _refuse_a_missing_file(url: str, *, given: bool) -> None:
         return
     hint = "" if given else "; give --database-url, --redis-url or --app, or set IDEM_TASKS_DATABASE_URL"
     raise ConfigurationError(f"there is no database file {path}{hint}")
-
-
-def _configured_by(app: str) -> Idempotency:
-    """Import a module as `python -m` would find it, and return what it configured."""
-    module = app.partition(":")[0]
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - a text, as the other entries
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigurationError(f"--app {app} cannot be imported from {os.getcwd()}: {error}") from error  # noqa: PTH109
-    return config.default_idempotency()
 
 
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

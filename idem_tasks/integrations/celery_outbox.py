@@ -190,12 +190,14 @@ def encode(plain: Plain) -> Any:
         ) from None
 
 
-def use_app(found: Any) -> None:
-    """Make `found`, if it is a Celery app, the one of this process, with all its tasks and so their queues."""
-    if isinstance(found, Celery):
-        found.set_default()
-        found.set_current()
-        found.loader.import_default_modules()
+def use_app(found: Any) -> bool:
+    """Make `found` the Celery app of this process, with all its tasks and so their queues; False if it is none."""
+    if not isinstance(found, Celery):
+        return False
+    found.set_default()
+    found.set_current()
+    found.loader.import_default_modules()
+    return True
 
 
 class CelerySender:

@@ -82,6 +82,11 @@ class TieredStore:
         return self._siblings[runtime]
 
     @property
+    def address(self) -> str:
+        """Where the records are, without password."""
+        return str(getattr(self._record, "address", type(self._record).__name__))
+
+    @property
     def outbox(self) -> Outbox | None:
         """The outbox of the record, if that has one."""
         return outbox_of(self._record)

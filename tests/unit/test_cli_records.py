@@ -511,19 +511,6 @@ def test_looking_makes_no_database(tmp_path: Path) -> None:
     assert not (tmp_path / "idem_tasks.db").exists()
 
 
-def test_a_module_of_ones_own_says_where(tmp_path: Path, url: str) -> None:
-    """`--app` takes what it configured, from the working directory; observers of it hear of what is done."""
-    (tmp_path / "our_shop.py").write_text(
-        f"import sys, idem_tasks\nidem_tasks.configure(database_url={url!r}, observers=[lambda event: "
-        "sys.stderr.write(f'heard {event.name.value}\\n')])\n"
-    )
-    done = idem_tasks("forget", SCOPE, "order-2", "--yes", "--app", "our_shop:app", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "heard forgotten\n" in done.stderr
-    assert idem_tasks("ls", "--app", "no_such_module", cwd=tmp_path).returncode == 5
-    assert idem_tasks("ls", "--app", "our_shop", "--database-url", url, cwd=tmp_path).returncode == 2
-
-
 def test_a_schema_and_a_prefix_of_ones_own(sqlite_url: str) -> None:
     """As `init-db` takes them."""
     with Idempotency(store=SQLStore(sqlite_url, table_prefix="once_")) as idempotency:
