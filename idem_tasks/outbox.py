@@ -7,19 +7,20 @@ broker's outage left behind, a relay sends. Of each key a message is sent after 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import importlib
 import inspect
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from idem_tasks.claims import Lease, OutboxMessage, new_owner
-from idem_tasks.errors import ConfigurationError, MessageError
+from idem_tasks.errors import ConfigurationError, MessageError, StoreError
 from idem_tasks.events import Announcer, EventName
 from idem_tasks.runtime import Asyncio, Runtime, deadline_clock, interruption_in
 from idem_tasks.stores.base import FailedSend, Outbox, Store, outbox_of
@@ -48,6 +49,9 @@ _LEASE = 60.0
 
 _BATCH = 100
 """Messages that are taken at once."""
+
+_PATIENCE = 10.0
+"""Seconds for which an asyncio call that is cancelled waits for the message that is being sent."""
 
 _FIRST_DELAY = 1.0
 """Seconds after which a failed message is tried again; doubled each time."""
@@ -196,6 +200,21 @@ def _never() -> bool:
     return False
 
 
+@dataclass(slots=True)
+class _Batch:
+    """Messages that were taken at once, and what has become of them."""
+
+    owner: str
+    taken: Sequence[OutboxMessage]
+    sent: list[OutboxMessage] = field(default_factory=list)
+    failed: list[FailedSend] = field(default_factory=list)
+    handed_over: set[str] = field(default_factory=set)
+
+    def rest(self) -> list[OutboxMessage]:
+        """What is free again at once: all but one that was struck in mid-send, whose lease runs out, as it may be sent."""
+        return [message for message in self.taken if message.id not in self.handed_over]
+
+
 class Relay:
     """Takes messages out of a store's outbox, sends them, and deletes what was sent."""
 
@@ -204,7 +223,7 @@ class Relay:
         self._store = store
         self._senders = senders
         self._announce = announce
-        self._in_threads = isinstance(runtime, Asyncio)
+        self._runtime = runtime
 
     async def run(self, limit: int, should_stop: Callable[[], bool]) -> RelayReport:
         """Do as `send`, and report; counting what is left reads the whole outbox."""
@@ -247,8 +266,10 @@ class Relay:
     async def send_unrecorded(self, messages: Sequence[OutboxMessage]) -> None:
         """Send messages that no record holds, in order; raises what their sender raises."""
         for message in messages:
-            await self._hand_over(message)
+            cancelled = await self._hand_over(message)
             self._sent(message)
+            if cancelled is not None:
+                raise cancelled
 
     async def _send(
         self, outbox: Outbox, limit: int, of: tuple[str, str] | None, should_stop: Callable[[], bool]
@@ -259,46 +280,65 @@ class Relay:
             taken = await outbox.take(owner, lease=_LEASE, limit=min(limit - sent - failed, _BATCH), of=of)
             if not taken:
                 break
-            done, refused = await self._send_batch(taken, begun + _LEASE / 2, should_stop)
-            settled = {message.id for message in done} | {each.message.id for each in refused}
-            rest = [message for message in taken if message.id not in settled]
-            await outbox.settle(owner, sent=done, failed=refused, rest=rest)
-            sent, failed = sent + len(done), failed + len(refused)
+            batch = _Batch(owner, taken)
+            try:
+                await self._send_batch(batch, begun + _LEASE / 2, should_stop)
+            except BaseException as struck:
+                # Cancelled, or by a soft limit or shutdown: what is sent already would be sent again.
+                if self._runtime.can_wait(after=struck):
+                    with contextlib.suppress(StoreError):
+                        await self._settle(outbox, batch)
+                raise
+            await self._settle(outbox, batch)
+            sent, failed = sent + len(batch.sent), failed + len(batch.failed)
         return sent, failed
 
-    async def _send_batch(
-        self, taken: Sequence[OutboxMessage], until: float, should_stop: Callable[[], bool]
-    ) -> tuple[list[OutboxMessage], list[FailedSend]]:
-        sent: list[OutboxMessage] = []
-        failed: list[FailedSend] = []
+    async def _settle(self, outbox: Outbox, batch: _Batch) -> None:
+        rest = batch.rest()
+        await self._runtime.shield(lambda: outbox.settle(batch.owner, sent=batch.sent, failed=batch.failed, rest=rest))
+
+    async def _send_batch(self, batch: _Batch, until: float, should_stop: Callable[[], bool]) -> None:
         stopped: set[tuple[str, str]] = set()
-        for message in taken:
+        for message in batch.taken:
             if should_stop() or deadline_clock() > until:
                 break
             if (message.scope, message.key) in stopped:
                 continue  # an earlier one failed: this one waits for it
             before = sys.exception()
+            batch.handed_over.add(message.id)
             try:
-                await self._hand_over(message)
+                cancelled = await self._hand_over(message)
             except Exception as error:
                 # A sender may raise anything, and the others' messages are to be sent all the same.
                 if interruption_in(error, before) is not None:
                     raise
-                self._failed(message, error)
                 delay = min(_FIRST_DELAY * 2.0 ** min(message.attempts, 20), _LONGEST_DELAY)
-                failed.append(FailedSend(message, delay, type(error).__name__))
+                batch.failed.append(FailedSend(message, delay, type(error).__name__))
                 stopped.add((message.scope, message.key))
+                self._failed(message, error)
             else:
+                batch.sent.append(message)
                 self._sent(message)
-                sent.append(message)
-        return sent, failed
+                if cancelled is not None:
+                    raise cancelled
 
-    async def _hand_over(self, message: OutboxMessage) -> None:
+    async def _hand_over(self, message: OutboxMessage) -> asyncio.CancelledError | None:
+        """Return once it is sent, with what cancelled this call meanwhile, which is to be raised then."""
         sender = self._senders.named(message.to)
-        if self._in_threads:
-            await asyncio.to_thread(sender, message)
-        else:
+        if not isinstance(self._runtime, Asyncio):
             sender(message)
+            return None
+        sending = asyncio.ensure_future(asyncio.to_thread(sender, message))
+        try:
+            await asyncio.shield(sending)
+        except asyncio.CancelledError as cancelled:
+            # The thread cannot be cancelled: without its answer nobody knows whether the message was sent.
+            sending.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.wait((sending,), timeout=_PATIENCE)
+            if not sending.done() or sending.cancelled() or sending.exception() is not None:
+                raise
+            return cancelled
+        return None
 
     def _sent(self, message: OutboxMessage) -> None:
         self._announce(EventName.OUTBOX_SENT, message.scope, message.key, id=message.id, to=message.to)

@@ -134,8 +134,8 @@ MUTANTS_OF_EFFECTS = (
     Mutant(
         name="a message that was refused is deleted",
         module=_OUTBOX,
-        before="await outbox.settle(owner, sent=done, failed=refused, rest=rest)",
-        after="await outbox.settle(owner, sent=taken, failed=(), rest=rest)",
+        before="sent=batch.sent, failed=batch.failed, rest=rest",
+        after="sent=batch.taken, failed=(), rest=rest",
         laws=("ALL_SENT",),
         scenario="messages, and the broker goes away",
     ),

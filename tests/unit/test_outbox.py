@@ -26,7 +26,9 @@ from idem_tasks import (
     StoreUnavailableError,
     TieredStore,
     current_claim,
+    outbox,
 )
+from idem_tasks.stores.base import outbox_of
 from idem_tasks.stores.memory_marker import MemoryMarker
 from idem_tasks.stores.schema import SENDER_CHARACTERS
 from idem_tasks.testing import ManualClock
@@ -242,6 +244,153 @@ def test_asyncio_sends_in_a_thread(idem: Idempotency, post: Post, clock: ManualC
     assert asyncio.run(main()) == [RelayReport(sent=2, failed=0, left=0)]
     assert post.bodies == ["a", "b", "a", "b"]
     assert threading.current_thread().name not in post.threads
+
+
+@pytest.mark.parametrize("ends_in_time", [True, False])
+def test_a_call_that_is_cancelled_while_it_sends_settles_what_was_sent(
+    idem: Idempotency, post: Post, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, ends_in_time: bool
+) -> None:
+    """Its key does not wait for the lease, unless the message in hand is not done in time: that may be sent again."""
+    begun, going_on = threading.Event(), threading.Event()
+
+    def is_down(message: OutboxMessage) -> bool:
+        if message.number == 1:
+            begun.set()
+            assert going_on.wait(30)
+        return False
+
+    post.is_down = is_down
+
+    async def handler() -> str:
+        return publish("a", "b", "c")
+
+    async def main() -> RelayReport:
+        call = asyncio.create_task(idem.arun(handler, scope="s", key="k"))
+        await asyncio.to_thread(begun.wait, 30)
+        call.cancel()
+        await asyncio.sleep(0)
+        if ends_in_time:
+            going_on.set()
+        else:
+            monkeypatch.setattr(outbox, "_PATIENCE", 0.01)
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        going_on.set()
+        return await idem.arelay()
+
+    if ends_in_time:
+        assert asyncio.run(main()) == RelayReport(sent=1, failed=0, left=0)
+        assert post.bodies == ["a", "b", "c"]
+    else:
+        assert asyncio.run(main()) == RelayReport(sent=0, failed=0, left=2)
+        clock.advance(61)
+        assert idem.relay() == RelayReport(sent=2, failed=0, left=0)
+        assert post.bodies == ["a", "b", "b", "c"]
+
+
+def test_a_send_that_is_cancelled_and_fails_is_tried_again(idem: Idempotency, post: Post, clock: ManualClock) -> None:
+    """The call ends as cancelled, and the message waits for the lease."""
+    begun, going_on = threading.Event(), threading.Event()
+
+    def is_down(_message: OutboxMessage) -> bool:
+        begun.set()
+        assert going_on.wait(30)
+        return True
+
+    post.is_down = is_down
+
+    async def handler() -> str:
+        return publish("a")
+
+    async def main() -> None:
+        call = asyncio.create_task(idem.arun(handler, scope="s", key="k"))
+        await asyncio.to_thread(begun.wait, 30)
+        call.cancel()
+        await asyncio.sleep(0)
+        going_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(main())
+    post.is_down = lambda _message: False
+    clock.advance(61)
+    assert idem.relay() == RelayReport(sent=1, failed=0, left=0)
+
+
+def test_a_send_that_nobody_awaits_any_more_ends_at_once(idem: Idempotency, post: Post, clock: ManualClock) -> None:
+    """Its event loop is gone perhaps: nothing can be settled, and the lease runs out."""
+    post.is_down = lambda _message: True
+    run(idem, publish, "a")
+    clock.advance(2)
+    going_on = threading.Event()
+    post.is_down = lambda _message: not going_on.wait(30)
+
+    async def main() -> None:
+        sending = idem.services("asyncio").relay.send(10)
+        sending.send(None)
+        sending.close()
+        going_on.set()
+
+    asyncio.run(main())
+    assert idem.relay() == RelayReport(sent=0, failed=0, left=1)
+    clock.advance(61)
+    assert idem.relay() == RelayReport(sent=1, failed=0, left=0)
+
+
+def test_an_unrecorded_send_that_is_cancelled_ends_as_cancelled(idem: Idempotency, post: Post) -> None:
+    """After the message that is being sent; no further one is sent."""
+    begun, going_on = threading.Event(), threading.Event()
+
+    def is_down(_message: OutboxMessage) -> bool:
+        begun.set()
+        assert going_on.wait(30)
+        return False
+
+    post.is_down = is_down
+
+    async def handler() -> str:
+        return publish("a", "b")
+
+    async def main() -> None:
+        call = asyncio.create_task(idem.arun(handler, scope="s", key="k", policy=Policy(enabled=False)))
+        await asyncio.to_thread(begun.wait, 30)
+        call.cancel()
+        await asyncio.sleep(0)
+        going_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(main())
+    assert post.bodies == ["a"]
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_shutdown_while_it_sends_settles_what_was_sent(
+    idem: Idempotency, post: Post, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, is_away: bool
+) -> None:
+    """If the store can be reached; the message in hand may have been sent, and waits for the lease."""
+
+    def is_down(message: OutboxMessage) -> bool:
+        if message.number == 1:
+            raise SystemExit
+        return False
+
+    async def away(*_args: Any, **_kwargs: Any) -> None:
+        raise StoreUnavailableError("away")
+
+    post.is_down = is_down
+    box = outbox_of(idem.store)
+    assert box is not None
+    with monkeypatch.context() as context:
+        if is_away:
+            context.setattr(box, "settle", away)
+        with pytest.raises(SystemExit):
+            run(idem, publish, "a", "b", "c")
+    left = 3 if is_away else 2
+    assert idem.relay() == RelayReport(sent=0, failed=0, left=left)
+    post.is_down = lambda _message: False
+    clock.advance(61)
+    assert idem.relay() == RelayReport(sent=left, failed=0, left=0)
 
 
 def test_a_block_publishes_too(idem: Idempotency, post: Post) -> None:
