@@ -211,7 +211,7 @@ class _Batch:
     handed_over: set[str] = field(default_factory=set)
 
     def rest(self) -> list[OutboxMessage]:
-        """What is free again at once: all but one that was struck in mid-send, whose lease runs out, as it may be sent."""
+        """What is free again at once: not one that was struck in mid-send, perhaps it is sent; its lease runs out."""
         return [message for message in self.taken if message.id not in self.handed_over]
 
 
