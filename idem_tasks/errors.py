@@ -149,8 +149,8 @@ class ParkedError(IdemTasksError):
         self.failures = failures
         super().__init__(
             message
-            or f"{scope} {key!r} is parked after {crashes} crashes and {failures} failures; "
-            "when the cause is mended, run idem-tasks resolve --rerun, or call Idempotency.resolve"
+            or f"{scope} {key!r} is parked (crashes: {crashes}, failures: {failures}); idem-tasks show tells why. "
+            "When the cause is mended, run idem-tasks resolve --rerun, or call Idempotency.resolve"
         )
 
 

@@ -1,12 +1,11 @@
 """For tests of handlers and of stores, also of other people's: `assert_idempotent`, and suites for stores.
 
-Needs pytest.
+The suites and the plugin need pytest; `ManualClock`, `assert_idempotent` and the explorer do not.
 """
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
-
-import pytest
 
 if TYPE_CHECKING:
     from idem_tasks.testing.clock import ManualClock
@@ -35,12 +34,15 @@ __all__ = [
 ]
 
 # Before the suites are imported: a failed assertion then shows its values.
-pytest.register_assert_rewrite(
-    "idem_tasks.testing.contract",
-    "idem_tasks.testing.marker_contract",
-    "idem_tasks.testing.outbox_contract",
-    "idem_tasks.testing.step_contract",
-)
+with contextlib.suppress(ImportError):
+    import pytest
+
+    pytest.register_assert_rewrite(
+        "idem_tasks.testing.contract",
+        "idem_tasks.testing.marker_contract",
+        "idem_tasks.testing.outbox_contract",
+        "idem_tasks.testing.step_contract",
+    )
 
 # Imported when they are first named: the pytest plugin is loaded in every run, also by those who use none of them.
 _ON_DEMAND = {

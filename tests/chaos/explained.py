@@ -9,7 +9,8 @@ killed              "3 run: it dies" and "4 finish, not yet recorded: as in 3, w
                     ran the earlier effect was killed between the start of that run and the repeat, and never answered.
 paused              "3 run: it is paused for longer than its lease: the next delivery runs the handler beside it, so
                     both effects may happen"; the same in "2 claim, before the handler". The process was stopped before
-                    it answered, for longer than what was left of its lease, and the repeat began then.
+                    it answered, for longer than what was left of its lease, and the repeat began then, or while it
+                    still ran: a lease that is over is renewed no more.
 SQL out of reach    "4 finish: tried again as long as the lease lives. Then the outcome is kept in the marker". SQL
 and the marker lost went away before the run answered, and stayed away for as long as the rest of its lease; its
                     message was put back; and what lost the marker, or kept it from being written, struck then or
@@ -150,7 +151,8 @@ def _paused(run: Run, next_run: Started, fault: Fault, lease: float) -> bool:
         and (run.answered_at is None or fault.at <= run.answered_at)
         and fault.until >= run.started.at - rest  # earlier only if it was paused between its claim and its start
         and fault.until - fault.at >= rest
-        and fault.at + rest <= next_run.at <= fault.until + rest
+        and fault.at + rest <= next_run.at
+        and next_run.at <= max(fault.until + rest, run.answered_at or 0.0)  # awake again it renews no more, and runs on
     )
 
 

@@ -65,6 +65,18 @@ def test_an_effect_in_a_step_is_not_that_of_the_outcome() -> None:
     assert verdict.totals()["messages sent"] == 1
 
 
+@pytest.mark.parametrize("taken_over_at, good", [(6.0, True), (8.0, False)])
+def test_a_run_that_was_paused_is_taken_over_while_it_runs(taken_over_at: float, good: bool) -> None:
+    """Awake again it renews no more, so the takeover may come long after the pause; not when it has answered."""
+    order = order_of()
+    first = order.start(1.0)
+    order.made.fault("worker_paused", 1.1, 4.0, part=f"{SHOP} worker 0", pids=(first.pid,))
+    order.effect(first, 4.1)
+    order.answer(7.0, None, pid=first.pid, error="Ignore")
+    order.complete(taken_over_at, taken_over=True)
+    assert verdict_of(order).good is good
+
+
 @pytest.mark.parametrize("task", ["charge", "ship"])
 def test_a_step_that_could_not_be_recorded_runs_again(task: str) -> None:
     """SQL was away until the lease was over, and the claim was given up then: explained for a step, as no other is."""

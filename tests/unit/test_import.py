@@ -65,3 +65,19 @@ def test_a_process_that_ends_in_a_hurry_ends_quietly() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_clock_for_tests_needs_no_pytest() -> None:
+    """`ManualClock`, `assert_idempotent` and the explorer serve every test runner; only the suites need pytest."""
+    run(
+        "import sys\n"
+        "sys.modules['pytest'] = None\n"
+        "import idem_tasks.testing.explorer\n"
+        "from idem_tasks.testing import ManualClock, assert_idempotent\n"
+        "try:\n"
+        "    from idem_tasks.testing import StoreContract\n"
+        "except ImportError as error:\n"
+        "    assert error.name == 'pytest'\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )
