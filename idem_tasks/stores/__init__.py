@@ -85,8 +85,8 @@ def store_from_urls(
     from idem_tasks.stores.tiered import TieredStore
 
     prefix = {} if table_prefix is None else {"table_prefix": table_prefix}
-    marker = RedisStore(redis_url, prefix=_marker_prefix(database_url))
-    return TieredStore(marker, SQLStore(database_url, create_schema=create_schema, schema=schema, **prefix))
+    record = SQLStore(database_url, create_schema=create_schema, schema=schema, **prefix)  # which checks the URL
+    return TieredStore(RedisStore(redis_url, prefix=_marker_prefix(database_url)), record)
 
 
 def _marker_prefix(database_url: str) -> str:
@@ -95,7 +95,13 @@ def _marker_prefix(database_url: str) -> str:
     Where two workers write one server's address differently, their markers do not meet: SQL decides, as it would
     without Redis. User, password and driver do not count; a file counts with its machine.
     """
-    parts = urlsplit(database_url)
+    try:
+        parts = urlsplit(database_url)
+    except ValueError:
+        # Of brackets; SQLAlchemy takes them in a password.
+        raise ConfigurationError(
+            "the database URL cannot be read; in a user name or password, write [ as %5B and ] as %5D"
+        ) from None
     if parts.scheme.startswith("sqlite"):
         place = f"{socket.gethostname()}:{Path(parts.path[1:]).resolve() if parts.path else os.getpid()}"
     else:

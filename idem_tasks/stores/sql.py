@@ -33,7 +33,7 @@ from idem_tasks.claims import (
     StepsDiffer,
     new_owner,
 )
-from idem_tasks.errors import ConfigurationError, StoreError, StoreUnavailableError
+from idem_tasks.errors import ConfigurationError, StoreConfigurationError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer
 from idem_tasks.runtime import Asyncio, Blocking, interruption_in
 from idem_tasks.stores import sql_admin, sql_audit, sql_claims, sql_relay, sql_renewals, sql_steps
@@ -301,7 +301,11 @@ class SQLStore:
     # The tables
 
     async def prepare(self) -> None:
-        """Bring the tables to the newest revision; does nothing if they are. Several processes may do so at once."""
+        """Bring the tables to the newest revision; does nothing if they are. Several processes may do so at once.
+
+        Raises `StoreConfigurationError` for tables that a newer version of this library made.
+        """
+        await self._try(self._refuse_newer_tables)
         until = time.monotonic() + _SCHEMA_WAIT
         while not await self._try(self._upgrade):
             if time.monotonic() > until:
@@ -318,6 +322,16 @@ class SQLStore:
         from idem_tasks.stores.migrations import revision_of
 
         return revision_of(connection, self._schema, self._prefix)
+
+    def _refuse_newer_tables(self, sql: Statements, connection: Connection) -> None:
+        from idem_tasks.stores.migrations.offline import newest_revision
+
+        revision, newest = self._revision(sql, connection), newest_revision()
+        if revision is not None and revision > newest:
+            raise StoreConfigurationError(
+                f"{self._client.address}: the tables {self._tables} were made by a newer version of idem_tasks: they "
+                f"have version {revision}, and this one knows {newest}; upgrade idem_tasks here"
+            )
 
     def _upgrade(self, sql: Statements, connection: Connection) -> bool:
         from idem_tasks.stores.migrations import upgrade  # Alembic is slow to import and seldom needed
@@ -387,7 +401,12 @@ class SQLStore:
         # SQLite has no error code for a missing table.
         if fault is Fault.SQLITE_STATEMENT and not await self._client.run(self._has_tables):
             fault = Fault.MISSING_TABLE
-        return error_for(fault, self._client.address, f"{self._table.fullname.removesuffix('records')}*", why)
+        return error_for(fault, self._client.address, self._tables, why)
+
+    @property
+    def _tables(self) -> str:
+        """What their names begin with, as in jobs.idem_tasks_*."""
+        return f"{self._table.fullname.removesuffix('records')}*"
 
     def _statements(self, connection: Connection) -> Statements:
         dialect = connection.dialect

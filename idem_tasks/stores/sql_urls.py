@@ -78,7 +78,7 @@ def parse_url(text: str) -> URL:
     """Return the URL; raises `ConfigurationError` for one that cannot work. Never shows its password."""
     try:
         url = make_url(text)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter of a port that is no number
         # SQLAlchemy's own message would show the URL with its password.
         raise ConfigurationError(
             "the database URL cannot be read; it looks like postgresql://user:password@host:5432/database, "
@@ -90,6 +90,8 @@ def parse_url(text: str) -> URL:
         raise ConfigurationError(
             f"{url.drivername}:// is not supported as a database URL; use one of: {', '.join(sorted(_DRIVERS))}"
         )
+    if url.port is not None and not 0 < url.port < 65536:
+        raise ConfigurationError("the port in the database URL is no number from 1 to 65535")
     if not url.drivername.startswith("sqlite") and not url.database:
         raise ConfigurationError(f"the database URL {shown(url)} names no database; append /name")
     return url

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import create_engine, inspect, make_url
 
 from idem_tasks import Idempotency, SQLStore, __version__
+from idem_tasks.errors import StoreConfigurationError
 from idem_tasks.stores.migrations.offline import newest_revision
 from tests.integration.test_sql_steps import without_steps
 from tests.unit.command_line import idem_tasks, in_its_own_process
@@ -89,6 +90,26 @@ def test_init_db_says_what_it_brought_up_to_date(database: str, request: pytest.
     assert tables(url) == TABLES
 
 
+@pytest.mark.parametrize("database", ["sqlite_url", "postgres_url", "mariadb_url"])
+def test_init_db_leaves_tables_of_a_newer_version_alone(database: str, request: pytest.FixtureRequest) -> None:
+    """It says that they are newer than this program, and exits with 5."""
+    url = request.getfixturevalue(database)
+    idem_tasks("init-db", "--database-url", url)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE idem_tasks_schema SET version_num = '9999'")
+    engine.dispose()
+    done = idem_tasks("init-db", "--database-url", url)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr.startswith("idem-tasks: ")
+    assert done.stderr.endswith(
+        "the tables idem_tasks_* were made by a newer version of idem_tasks: they have version 9999, and this one "
+        f"knows {newest_revision()}; upgrade idem_tasks here\n"
+    )
+    with Idempotency(store=SQLStore(url)) as idempotency, pytest.raises(StoreConfigurationError, match="newer version"):
+        idempotency.prepare()
+
+
 def test_init_db_takes_a_schema_and_a_prefix(postgres_url: str) -> None:
     """A store that is given the same finds its tables."""
     engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
@@ -137,7 +158,8 @@ def test_the_script_needs_no_server(url: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["postgresql://me:secret@127.0.0.1:1/x", "oracle://me:secret@h/x", "redis://me:secret@h", "sqlite:////no/x.db"],
+    ["postgresql://me:secret@127.0.0.1:1/x", "oracle://me:secret@h/x", "redis://me:secret@h", "sqlite:////no/x.db"]
+    + [f"postgresql://me:secret@h:{port}/x" for port in ("abc", "0", "99999")],
 )
 def test_a_database_that_cannot_be_used_is_one_line_and_exit_5(url: str) -> None:
     """The line says why, and shows no password."""

@@ -39,3 +39,27 @@ def test_one_of_both_urls_is_needed() -> None:
     """Neither a database nor a Redis is no store, and never one in memory that a restart would empty."""
     with pytest.raises(ConfigurationError, match="a database URL, a Redis URL, or both"):
         store_from_urls(None, None)
+
+
+@pytest.mark.parametrize("redis_url", [None, "redis://h"])
+@pytest.mark.parametrize(
+    "url, says",
+    [
+        ("postgresql://u:pa55w0rd@h:abc/d", "the database URL cannot be read; it looks like"),
+        ("mysql://u:pa55w0rd@h:99999/d", "the port in the database URL is no number from 1 to 65535"),
+        ("mysql://u:pa55w0rd@h:0/d", "the port in the database URL is no number from 1 to 65535"),
+    ],
+)
+def test_a_port_that_is_none_is_said(url: str, redis_url: str | None, says: str) -> None:
+    """With markers or without, in a configuration error that shows no password."""
+    with pytest.raises(ConfigurationError, match=says) as caught:
+        store_from_urls(url, redis_url)
+    assert "pa55w0rd" not in str(caught.value)
+
+
+def test_a_bracket_in_a_password_is_said() -> None:
+    """Markers need the database's address, which cannot be told then."""
+    with pytest.raises(ConfigurationError, match="write \\[ as %5B") as caught:
+        store_from_urls("postgresql://u:pa[55w0rd@h/d", "redis://h")
+    assert "55w0rd" not in str(caught.value)
+    assert type(store_from_urls("postgresql://u:pa%5B55w0rd@h/d", "redis://h")).__name__ == "TieredStore"
