@@ -44,7 +44,7 @@ class Answer:
             return
         table = Table(*(title for _, title in short), box=None, pad_edge=False, header_style="bold")
         for row in rows:
-            table.add_row(*(Text(_in_one_line(row[name])) for name, _ in short))
+            table.add_row(*(Text(terminal.cell(row[name])) for name, _ in short))
         terminal.data().print(table)
 
     def fields(self, fields: Mapping[str, str]) -> None:
@@ -54,7 +54,7 @@ class Answer:
             return
         table = Table(box=None, pad_edge=False, show_header=False)
         for name, value in fields.items():
-            table.add_row(Text(name, style="bold"), Text(_in_one_line(value), overflow="fold"))
+            table.add_row(Text(name, style="bold"), Text(terminal.cell(value), overflow="fold"))
         terminal.data().print(table)
 
     def gap(self) -> None:
@@ -64,7 +64,7 @@ class Answer:
 
     def say(self, text: str) -> None:
         """Tell something that is no data."""
-        terminal.talk().print(Text(text), soft_wrap=True)
+        terminal.talk().print(Text(terminal.line(text)), soft_wrap=True)
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -86,7 +86,7 @@ class Answer:
             _write_json({"schema": _SCHEMA, "command": self.command, "error": error})
         else:
             # Our messages name no password, and a traceback would add nothing to them.
-            sys.stderr.write(f"idem-tasks: {message}\n" + (f"{hint}\n" if hint else ""))
+            sys.stderr.write(f"idem-tasks: {terminal.line(message)}\n" + (f"{terminal.line(hint)}\n" if hint else ""))
         raise typer.Exit(exit_code)
 
 
@@ -126,14 +126,11 @@ def span(seconds: float) -> str:
 
 
 def _write_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+    text = json.dumps(document, ensure_ascii=False)
+    # Beyond ASCII as it is, for people; unless the stream cannot have it, or a terminal might obey it.
+    sys.stdout.write((text if terminal.is_harmless(text) else json.dumps(document)) + "\n")
 
 
 def _write_tabbed(lines: Sequence[Sequence[str]]) -> None:
     for line in lines:
-        sys.stdout.write("\t".join(_in_one_line(cell) for cell in line) + "\n")
-
-
-def _in_one_line(cell: str) -> str:
-    """A key may hold anything: escape what would be taken for the next cell or line, or for a terminal's command."""
-    return cell if cell.isprintable() else cell.encode("unicode_escape").decode()
+        sys.stdout.write("\t".join(map(terminal.cell, line)) + "\n")

@@ -66,6 +66,7 @@ application.command("relay")(relay.relay)
 
 def run() -> int:
     """Run the command of this process's arguments, and return the exit code."""
+    terminal.escape_what_stdout_cannot_have()
     try:
         application(prog_name="idem-tasks")
     except SystemExit as end:
@@ -74,6 +75,6 @@ def run() -> int:
         return INTERRUPTED
     except IdemTasksError as error:
         # Our messages name no password, and a traceback would add nothing to them.
-        sys.stderr.write(f"idem-tasks: {error}\n")
+        sys.stderr.write(f"idem-tasks: {terminal.line(str(error))}\n")
         return UNUSABLE
     return 0

@@ -19,6 +19,7 @@ from idem_tasks.cli.records import Key, Scope, as_json
 from idem_tasks.cli.where import on_a_store
 from idem_tasks.errors import ConflictError
 from idem_tasks.idempotency import Idempotency
+from idem_tasks.stores.base import outbox_of
 
 Token = Annotated[
     int | None, typer.Option("--expect-token", help="Only if the record still has this fencing token.", metavar="N")
@@ -57,15 +58,18 @@ def resolve(
     plan = [_described(record)]
     if rerun:
         holder = record.holder or "the old worker"
+        place = f"Its scope is {terminal.cell(scope)}, its key {terminal.cell(key)}, its last holder {holder}."
         plan += [
             "It will be released: the next delivery runs the handler.",
             f'This gives up "at most once" for this key: be sure that {holder} is dead, not merely slow.',
-            f"Nothing is sent: send the message again. Its scope is {scope}, its key {key}, its last holder {holder}.",
+            f"Nothing is sent: send the message again. {place}",
         ]
     elif fail is not None:
         plan.append(f"It will be failed for good: every later delivery gets {fail}, and nothing runs.")
     else:
         plan.append(f"It will be completed: every later delivery gets {outcome}, and nothing runs.")
+        if outbox_of(idempotency.store) is not None:
+            plan.append("Messages that its handler published are not sent: what is to follow, send yourself.")
     if not _agreed(answer, plan, record, yes=yes, dry_run=dry_run):
         return
     try:
@@ -188,4 +192,5 @@ def _moved(error: ConflictError, idempotency: Idempotency, scope: str, key: str)
     """Say what the record is now that changed while its change was being asked for."""
     now = idempotency.get(scope, key)
     state = "there is no record any more" if now is None else f"it is {now.state.value} now"
-    return RefusalError(f"{error}", hint=f"nothing was done; {state}: idem-tasks show {scope} {key}")
+    show = f"idem-tasks show {terminal.argument(scope)} {terminal.argument(key)}"
+    return RefusalError(f"{error}", hint=f"nothing was done; {state}: {show}")

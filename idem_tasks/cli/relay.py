@@ -73,6 +73,6 @@ def _send_for_ever(idempotency: Idempotency, batch: int, poll: float, ending: th
             raise
         except StoreError as error:
             more = False
-            talk.print(f"{error}; trying again.", soft_wrap=True)
+            talk.print(f"{terminal.line(str(error))}; trying again.", soft_wrap=True)
         if not more:
             ending.wait(poll)

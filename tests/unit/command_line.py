@@ -40,7 +40,8 @@ def in_its_own_process(*arguments: str, cwd: Path | None = None, **environment: 
 
 def idem_tasks(*arguments: str, cwd: Path | None = None, **environment: str) -> Done:
     """Run a command in this process as `python -m idem_tasks` would, and leave nothing of it behind."""
-    out, err = _pipe(environment), _pipe(environment)
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
+    out, err = _pipe(encoding, "strict"), _pipe(encoding, "backslashreplace")  # as Python makes them
     with (
         mock.patch.dict(os.environ, _environment(environment), clear=True),
         contextlib.chdir(cwd or Path.cwd()),
@@ -71,9 +72,8 @@ def _run() -> int:
     return 0
 
 
-def _pipe(environment: dict[str, str]) -> io.TextIOWrapper:
-    encoding, _, errors = environment.get("PYTHONIOENCODING", "utf-8").partition(":")
-    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors or "strict")
+def _pipe(encoding: str, errors: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
 
 
 def _text(pipe: io.TextIOWrapper) -> str:

@@ -272,6 +272,53 @@ def test_keys_cannot_forge_lines(url: str) -> None:
     assert "forged\ta\\tb\\nc\tcompleted" in run("ls", "--scope", "forged").stdout
 
 
+HARD_KEYS = ["a\nb", r"a\nb", "a\tb", "it's\x1b[2J", "a\x7fb", "a\x9bb", "caf\xe9\n", "\u202ea", "caf\xe9"]
+
+
+def store_keys(url: str, scope: str, *keys: str) -> None:
+    with Idempotency.from_urls(database_url=url) as idempotency:
+        for key in keys:
+            idempotency.run(str, scope=scope, key=key)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_ls_shows_of_a_key_is_that_key_in_a_shell(url: str, encoding: str) -> None:
+    """No two keys look alike, none commands a terminal, and each can be written as $'...', whatever stdout can have."""
+    store_keys(url, "hard", *HARD_KEYS)
+    lines = run("ls", "--scope", "hard", PYTHONIOENCODING=encoding).stdout.splitlines()[1:]
+    cells = [line.split("\t")[1] for line in lines]
+    assert len(set(cells)) == len(HARD_KEYS)
+    assert all(cell.isprintable() for cell in cells)
+    assert encoding != "ascii" or all(cell.isascii() for cell in cells)
+    words = "".join(" $'" + cell.replace("'", r"\'") + "'" for cell in cells)
+    read = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0'{words}"], check=True, capture_output=True, env={"LC_ALL": "C.UTF-8"}
+    ).stdout
+    assert sorted(read.decode().split("\0")[:-1]) == sorted(HARD_KEYS)
+    assert {each["key"] for each in document("ls", "--scope", "hard")["data"]} == set(HARD_KEYS)
+
+
+@pytest.mark.parametrize("key", HARD_KEYS)
+def test_a_hard_key_is_taken_as_it_is(url: str, key: str) -> None:
+    """`show` and `forget` unescape nothing: what a shell gives them is the key."""
+    store_keys(url, "hard", key)
+    assert document("show", "hard", key)["data"]["key"] == key
+    assert run("forget", "hard", key, "--yes").returncode == 0
+
+
+def test_json_is_json_in_every_encoding(url: str) -> None:
+    """Where stdout has no bytes for a key, and where a terminal might obey one, JSON has escapes for it."""
+    for key in ("caf\xe9", "a\x9bb", "a\u202eb"):
+        store_keys(url, "hard", key)
+        done = in_its_own_process(
+            "show", "hard", key, "--json", IDEM_TASKS_DATABASE_URL=url, PYTHONIOENCODING="ascii", PYTHONUTF8="1"
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout[:-1].isprintable()
+        assert json.loads(done.stdout)["data"]["key"] == key
+    assert "caf\xe9" in run("show", "hard", "caf\xe9", "--json").stdout
+
+
 # Changing.
 
 
@@ -287,6 +334,7 @@ def test_the_story(url: str) -> None:
         "shop.charge 'order-1' is in_doubt since TIME: 1 attempt, 0 crashes, held by HOST:PID, fencing token TOKEN, "
         "last error builtins.TimeoutError.\n"
         'It will be completed: every later delivery gets "receipt 17", and nothing runs.\n'
+        "Messages that its handler published are not sent: what is to follow, send yourself.\n"
         "Done: shop.charge 'order-1' is completed, with fencing token TOKEN.\n"
     )
     with Idempotency.from_urls(database_url=url) as idempotency:
@@ -297,6 +345,17 @@ def test_the_story(url: str) -> None:
         "at\tactor\taction\tscope\tkey\tstate_before\tstate_after\ttoken_before\ttoken_after\treason\n"
         "TIME\tWHO\tresolve\tshop.charge\torder-1\tin_doubt\tcompleted\tTOKEN\tTOKEN\tbank\n"
     )
+
+
+def test_an_outcome_sends_no_messages_and_says_so(url: str, redis_url: str) -> None:
+    """What the handler published died with its own outcome; where there is no outbox, nothing is said of messages."""
+    said = run("resolve", SCOPE, "order-1", "--outcome", "17", "--dry-run").stderr
+    assert "Messages that its handler published are not sent" in said
+    assert "Messages" not in run("resolve", SCOPE, "order-1", "--fail", "shop.Declined:no", "--dry-run").stderr
+    with Idempotency.from_urls(redis_url=redis_url) as idempotency, pytest.raises(TimeoutError):
+        idempotency.run(no_answer, scope=SCOPE, key="r-1", policy=Policy(on_crash="hold"))
+    done = idem_tasks("resolve", SCOPE, "r-1", "--outcome", "17", "--dry-run", "--redis-url", redis_url)
+    assert (done.returncode, "Messages" in done.stderr) == (0, False)
 
 
 def test_a_rerun_says_what_it_gives_up_and_what_to_send_again(url: str) -> None:
@@ -405,6 +464,18 @@ def test_on_a_terminal_it_asks(url: str, answer: str, code: int, state: State) -
     """Whoever says no, or anything but yes, changes nothing."""
     assert on_a_terminal(url, ["resolve", SCOPE, "order-1", "--rerun"], answer)[0] == code
     assert record(url, "order-1").state is state
+
+
+def test_a_key_cannot_forge_the_question(url: str) -> None:
+    """What is shown just before it is one's own words and the key's letters, and no command of a terminal."""
+    scope, key = "charge\x1b[1A", "x\x1b[2J\x1b[31mEVIL\rok"
+    with Idempotency.from_urls(database_url=url) as idempotency, pytest.raises(TimeoutError):
+        idempotency.run(no_answer, scope=scope, key=key, policy=Policy(on_crash="hold"))
+    code, said = on_a_terminal(url, ["resolve", scope, key, "--rerun"], "n")
+    assert code == 4
+    assert "\x1b[2J" not in said
+    assert "\x1b[1A" not in said
+    assert r"Its scope is charge\x1b[1A, its key x\x1b[2J\x1b[31mEVIL\rok, its last holder" in said
 
 
 @pytest.mark.parametrize("command", [["resolve", SCOPE, "order-1", "--outcome", "17"], ["forget", SCOPE, "order-1"]])
