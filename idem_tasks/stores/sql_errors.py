@@ -149,6 +149,11 @@ def is_conflict(error: BaseException | None) -> bool:
 _CHAIN_LIMIT = 50
 
 
+def is_aborted(error: BaseException) -> bool:
+    """Tell whether PostgreSQL refused a statement because an earlier one of its transaction had failed."""
+    return isinstance(error, exc.DBAPIError) and getattr(error.orig, "sqlstate", None) == "25P02"
+
+
 def is_lost_connection(error: Exception) -> bool:
     """Tell whether the connection broke under a statement, which may or may not have been carried out."""
     return isinstance(error, exc.DBAPIError) and error.connection_invalidated

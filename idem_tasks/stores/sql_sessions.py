@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, TypeVar
-from weakref import WeakSet
+from typing import Any, NoReturn, TypeVar
 
-from sqlalchemy import Connection, Dialect, ExceptionContext, Table, event
+from sqlalchemy import Connection, Engine, Table, Transaction, event
 from sqlalchemy.exc import SQLAlchemyError, UnboundExecutionError
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 
 from idem_tasks.claims import EncodedOutcome, Finished, Lease, Lost, Recorded
 from idem_tasks.errors import ConfigurationError, StoreError
@@ -23,12 +22,33 @@ from idem_tasks.stores import sql_claims, sql_errors
 from idem_tasks.stores.base import RuntimeName
 from idem_tasks.stores.sql_errors import Fault
 from idem_tasks.stores.sql_statements import Statements
+from idem_tasks.stores.sql_transactions import (
+    autocommit,
+    begins,
+    commits,
+    had_error,
+    is_aborted,
+    is_in_transaction,
+    is_open,
+    locks_what_it_reads,
+    refuse_autocommit,
+    refuse_remainder,
+    undone,
+    watch,
+    without_parameters,
+)
 from idem_tasks.stores.sql_urls import shown
 
 T = TypeVar("T")
 
 _UNSEEN = (Fault.MISSING_TABLE, Fault.UNKNOWN_COLUMN, Fault.NO_SCHEMA, Fault.SQLITE_STATEMENT)
 """Answers of a database that has no such record because it has no such table."""
+
+
+_MUST_NOT_COMMIT = (
+    "a handler with session= must not commit: its rows are committed with its outcome once it returns; "
+    "take session.begin_nested() for a part that may fail, or a session of its own for what must stay"
+)
 
 
 def _asyncio(name: str) -> type[Any] | tuple[()]:
@@ -172,7 +192,10 @@ class FencedTransaction(UnfencedTransaction):
         self._refused: ConfigurationError | None = None
         self._begun = False
         self._is_sqlite = False
+        self._in_step = False
         self._bound: Connection | None = None
+        self._guarded: list[Connection] = []
+        self._open: Transaction | None = None
 
     # Begin
 
@@ -197,28 +220,46 @@ class FencedTransaction(UnfencedTransaction):
                 "the session has begun a transaction already, so its writes would not be this handler's alone: "
                 "commit or roll back before the call"
             )
+        self._check_source(session)
         event.listen(session, "before_commit", self._before_commit)
+        event.listen(session, "after_begin", self._after_begin)
         self._begun = True
         session.begin()
         before = sys.exception()
         try:
             self._bound = connection = self._connection(session)
-            _refuse_autocommit(connection)
-            _watch(connection)
+            refuse_autocommit(connection)
+            watch(connection)
             sql = self._statements(connection)
             self._is_sqlite = sql.kind == "sqlite"
-            bound_to = shown(connection.engine.url)
-            seen = sql_claims.is_seen(sql, connection, self._lease)
-            if self._is_sqlite and seen and not _is_in_transaction(connection):
-                raise _autocommit()
+            bound_to = _shown(connection)
+            with without_parameters():
+                seen = sql_claims.is_seen(sql, connection, self._lease)
+            if self._is_sqlite and seen and not is_in_transaction(connection):
+                raise autocommit()
+            self._guard(connection)
         except SQLAlchemyError as error:
             if interruption_in(error, before) is not None:
                 raise
             fault = sql_errors.fault_of(error)
             if fault in _UNSEEN:
-                return False, shown(session.get_bind(clause=self._table).engine.url)
+                return False, _shown(session.get_bind(clause=self._table))
             raise self._explained(error) from error
         return seen, bound_to
+
+    def _check_source(self, session: Session) -> None:
+        if session.twophase:
+            raise ConfigurationError(
+                "session= makes sessions with twophase=True: a worker that dies between its two commits leaves its "
+                "rows locked, and their fate to somebody else; make them without it"
+            )
+        with suppress(UnboundExecutionError):  # of which is told where it is connected
+            bind = session.get_bind(clause=self._table)
+            if isinstance(bind, Connection) and bind.in_transaction():
+                raise ConfigurationError(
+                    "the session is bound to a connection that is in a transaction already, whose owner could undo "
+                    "what counts as recorded: bind it to the engine, or to a connection that has begun nothing"
+                )
 
     def _connection(self, session: Session) -> Connection:
         try:
@@ -229,14 +270,76 @@ class FencedTransaction(UnfencedTransaction):
                 "give session= a sessionmaker(bind=engine), or a bind for that table"
             ) from error
 
+    # While the handler runs
+
     def _before_commit(self, session: Session) -> None:
         """Let nobody else commit: rows without their outcome would be there again at the next delivery (F63)."""
-        if self.commit_begun or session.in_nested_transaction():
+        if not (self.commit_begun or session.in_nested_transaction()):
+            self._refuse(_MUST_NOT_COMMIT)
+
+    def _after_begin(self, _session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+        """Guard the next connection too, once a handler has rolled back."""
+        if self._bound is None or connection in self._guarded or connection.engine is not self._bound.engine:
             return
-        self._refused = ConfigurationError(
-            "a handler with session= must not commit: its rows are committed with its outcome once it returns; "
-            "take session.begin_nested() for a part that may fail, or a session of its own for what must stay"
+        try:
+            refuse_autocommit(connection)
+        except ConfigurationError as refused:
+            self._refused = refused
+            raise
+        self._bound = connection
+        self._guard(connection)
+
+    def _guard(self, connection: Connection) -> None:
+        self._guarded.append(connection)
+        for name, listener in self._listeners():
+            event.listen(connection, name, listener)
+        self._see_whether_open(connection)
+
+    def _listeners(self) -> tuple[tuple[str, Callable[..., None]], ...]:
+        return (
+            ("before_cursor_execute", self._before_statement),
+            ("after_cursor_execute", self._see_whether_open),
+            ("commit", self._before_commit_of_connection),
         )
+
+    def _before_statement(self, connection: Connection, _cursor: object, statement: str, *_: object) -> None:
+        if self._in_step:
+            self._refuse_in_step()
+        self._see_whether_open(connection)
+        if not self.may_be_committed and commits(connection, statement):
+            words = " ".join(statement.split()[:2])
+            self._refuse(f"{words} commits what was written before it, but {_MUST_NOT_COMMIT}")
+        # Python's sqlite3 begins with the first INSERT or so. A savepoint that comes before it is a transaction of its
+        # own, and its end a commit.
+        if self._is_sqlite and not is_in_transaction(connection) and not begins(statement):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    def _before_commit_of_connection(self, connection: Connection) -> None:
+        """Let nobody commit past the session, and do not take for a commit what PostgreSQL answers by a rollback."""
+        refused = self._refused if self.may_be_committed else ConfigurationError(_MUST_NOT_COMMIT)
+        if refused is None and connection.dialect.name == "postgresql" and is_aborted(connection):
+            refused = _swallowed()
+        if refused is None:
+            return
+        self._refused = refused
+        # SQLAlchemy takes the transaction for ended whatever becomes of this commit, and would not roll it back.
+        with suppress(connection.dialect.loaded_dbapi.Error):
+            connection.dialect.do_rollback(connection.connection)
+        raise refused
+
+    def _see_whether_open(self, connection: Connection, *_: object) -> None:
+        """See that nothing ended the transaction behind SQLAlchemy's back; drivers know, and ask nobody."""
+        transaction, now_open = connection.get_transaction(), is_open(connection)
+        if now_open:
+            self._open = transaction
+        elif now_open is False and transaction is not None and transaction is self._open and not undone(connection):
+            self._refuse(
+                "the handler's transaction was ended by a statement or through the driver, so that what was written "
+                f"before may be committed already, without its outcome; {_MUST_NOT_COMMIT}"
+            )
+
+    def _refuse(self, why: str) -> NoReturn:
+        self._refused = ConfigurationError(why)
         raise self._refused
 
     # Commit
@@ -253,13 +356,19 @@ class FencedTransaction(UnfencedTransaction):
         try:
             session.flush()
             connection = self._connection(session)
-            _refuse_remainder(connection)
-            if not sql_claims.write_finish(self._statements(connection), connection, self._lease, outcome):
-                return False
+            refuse_remainder(connection)
+            had_error(connection)  # what was before the finish is told by the finish
+            with without_parameters():
+                if not sql_claims.write_finish(self._statements(connection), connection, self._lease, outcome):
+                    return False
             self.may_be_committed = True
             session.commit()
         except SQLAlchemyError as error:
-            if interruption_in(error, before) is not None or sql_errors.fault_of(error) is not Fault.UNAVAILABLE:
+            if interruption_in(error, before) is not None:
+                raise
+            if sql_errors.is_aborted(error):
+                raise _swallowed() from error
+            if sql_errors.fault_of(error) is not Fault.UNAVAILABLE:
                 raise
             raise self._explained(error) from error
         return True
@@ -283,41 +392,50 @@ class FencedTransaction(UnfencedTransaction):
         """Leave the session as it was found, or end it if it was made here."""
         if self._begun:
             self._begun = False
-            event.remove(getattr(self.session, "sync_session", self.session), "before_commit", self._before_commit)
+            session = getattr(self.session, "sync_session", self.session)
+            event.remove(session, "before_commit", self._before_commit)
+            event.remove(session, "after_begin", self._after_begin)
+            for connection in self._guarded:
+                for name, listener in self._listeners():
+                    event.remove(connection, name, listener)
+            self._guarded.clear()
         await super().close()
 
     # Steps
 
     def check_steps(self) -> None:
-        """Raise `ConfigurationError` on SQLite, where this transaction alone may write to the file."""
+        """Raise `ConfigurationError` where this transaction keeps the journal from being written."""
         if self._is_sqlite:
             raise ConfigurationError(
                 "on SQLite a handler with session= has no steps: its transaction keeps everybody else from writing, "
                 "their journal too; take a database server, or one of the two"
+            )
+        if self._bound is not None and locks_what_it_reads(self._bound):
+            raise ConfigurationError(
+                "at SERIALIZABLE on MySQL and MariaDB a handler with session= has no steps: its transaction locks the "
+                "record, for which their journal would wait; take another isolation level, or one of the two"
             )
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
         """Raise `ConfigurationError` for whatever is done in the session meanwhile, and refuse to commit then."""
         session: Session = getattr(self.session, "sync_session", self.session)
-        connection, before = self._connection(session), _changed(session)
-        watched: tuple[tuple[Any, str], ...] = ((session, "before_attach"), (connection, "before_cursor_execute"))
-        for target, name in watched:
-            event.listen(target, name, self._refuse_in_step)
+        before = _changed(session)
+        event.listen(session, "before_attach", self._refuse_in_step)
+        self._in_step = True
         try:
             yield
             if _changed(session) != before:
                 self._refuse_in_step()
         finally:
-            for target, name in watched:
-                event.remove(target, name, self._refuse_in_step)
+            self._in_step = False
+            event.remove(session, "before_attach", self._refuse_in_step)
 
     def _refuse_in_step(self, *_: Any) -> None:
-        self._refused = ConfigurationError(
+        self._refuse(
             "a step must not use the session: what it writes would be missing where the step is replayed, because its "
             "outcome is committed apart from the session; write it outside of the step"
         )
-        raise self._refused
 
     def _explained(self, error: Exception) -> StoreError | Exception:
         fault = sql_errors.fault_of(error)
@@ -337,52 +455,14 @@ def _roll_back(session: Session) -> None:
         session.invalidate()
 
 
-def _refuse_autocommit(connection: Connection) -> None:
-    """Ask the driver, which asks nobody; SQLite is asked after its first write, for it may be begun by hand."""
-    if connection.dialect.name == "sqlite":
-        return
-    dbapi_connection: Any = connection.connection.dbapi_connection
-    if connection.dialect.detect_autocommit_setting(dbapi_connection):
-        raise _autocommit()
+def _shown(bind: Connection | Engine) -> str:
+    translates = bind.get_execution_options().get("schema_translate_map")
+    moved = ", whose schema_translate_map is applied to the table of records too," if translates else ""
+    return f"{shown(bind.engine.url)}{moved}"
 
 
-_UNDONE = "idem_tasks_undone"
-_watched: WeakSet[Dialect] = WeakSet()
-
-
-def _watch(connection: Connection) -> None:
-    """Note conflicts from now on, also those that a handler swallows; once for each engine."""
-    if connection.dialect not in _watched:
-        _watched.add(connection.dialect)
-        event.listen(connection.engine, "handle_error", _note_conflict)
-
-
-def _note_conflict(context: ExceptionContext) -> None:
-    connection, error = context.connection, context.sqlalchemy_exception
-    if connection is not None and sql_errors.is_conflict(error):
-        connection.info[_UNDONE] = connection.get_transaction(), error
-
-
-def _refuse_remainder(connection: Connection) -> None:
-    """Raise the deadlock that a handler swallowed: MariaDB and MySQL undid all before it, and would commit the rest.
-
-    PostgreSQL refuses everything after it; a handler that rolled back by itself has begun another transaction.
-    """
-    transaction, error = connection.info.pop(_UNDONE, (None, None))
-    if error is not None and transaction is connection.get_transaction() and connection.dialect.name in _MYSQL_FAMILY:
-        raise error
-
-
-_MYSQL_FAMILY = ("mysql", "mariadb")
-
-
-def _is_in_transaction(connection: Connection) -> bool:
-    driver: Any = connection.connection.driver_connection
-    return bool(driver.in_transaction)
-
-
-def _autocommit() -> ConfigurationError:
+def _swallowed() -> ConfigurationError:
     return ConfigurationError(
-        "session= is bound to an engine in AUTOCOMMIT, where each of the handler's writes is committed by itself; "
-        "bind it to one with transactions"
+        "a statement in the handler's session failed, and it went on: PostgreSQL has undone everything, and nothing is "
+        "committed; take session.begin_nested() for a part that may fail"
     )
