@@ -79,6 +79,22 @@ def test_what_an_app_may_be(folder: Path, text: str, app: str) -> None:
     assert (relayed.returncode, relayed.stderr) == (0, "Relaying once from sqlite:///shop.db.\n")
 
 
+@pytest.mark.parametrize(
+    "configured, address",
+    [
+        ("database_url='sqlite:///shop.db', redis_url='redis://me:secret@127.0.0.1:1'", "sqlite:///shop.db"),
+        ("database_url='postgresql://me:secret@127.0.0.1:1/x'", "postgresql://me:***@127.0.0.1:1/x"),
+        ("store=idem_tasks.MemoryStore()", "MemoryStore"),
+    ],
+)
+def test_a_relay_says_first_whose_messages_it_sends(folder: Path, configured: str, address: str) -> None:
+    """The database of both tiers, without its password, and before it is reached."""
+    text = f"import idem_tasks\nidem_tasks.configure({configured})\n"
+    done = on_module(folder, text, "relay", "--once", "--app", "shop")
+    assert done.stderr.splitlines()[0] == f"Relaying once from {address}."
+    assert "secret" not in done.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_an_environment_that_says_where_is_enough(folder: Path, command: list[str]) -> None:
     """For a module that configures nothing, as for its workers."""
