@@ -63,12 +63,16 @@ class Senders:
     """The senders of one `Idempotency`, by name."""
 
     def __init__(self, given: Mapping[str, Sender] | None = None) -> None:
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigurationError(f"senders={given!r:.99} must be a dict of functions by their names")
         self._given = dict(given or {})
         for name, sender in self._given.items():
             if not 0 < len(name) <= _SENDER_CHARACTERS or not name.isprintable():
                 raise ConfigurationError(
                     f"the sender {name!r} must have a name of 1 to {_SENDER_CHARACTERS} printable characters"
                 )
+            if not callable(sender):
+                raise ConfigurationError(f"the sender {name!r} must be a function of a message, not {sender!r:.99}")
             if inspect.iscoroutinefunction(sender):
                 raise ConfigurationError(
                     f"the sender {name!r} must be a plain function, also for asyncio, where it runs in a thread"

@@ -517,6 +517,16 @@ def test_a_message_that_is_too_large_is_refused_at_publish(idem: Idempotency, po
     assert [len(body) for body in post.bodies] == [largest]
 
 
+@pytest.mark.parametrize(
+    "senders, why",
+    [([print], "a dict of functions by their names"), ({"mail": "smtp://"}, "'mail' must be a function")],
+)
+def test_what_is_no_sender_is_refused(senders: Any, why: str) -> None:
+    """When it is given, and not when the first message is to be sent."""
+    with pytest.raises(ConfigurationError, match=why):
+        Idempotency(store=MemoryStore(), senders=senders)
+
+
 @pytest.mark.parametrize("name", ["", "m" * (SENDER_CHARACTERS + 1), "m\0", "m\ud800"])
 def test_a_sender_has_a_name_that_can_be_kept(name: str) -> None:
     """At once: a database would refuse the outcome with it."""
