@@ -45,7 +45,6 @@ class KombuSender:
         self._defaults = defaults
         self._check(defaults)
         self._lock = threading.Lock()
-        self._pid = 0
         self._producer: Producer | None = None
         _made.add(self)
 
@@ -98,11 +97,11 @@ class KombuSender:
         return {"confirm_timeout": _CONFIRM_TIMEOUT, "mandatory": mandatory}
 
     def _connected(self) -> Producer:
-        if self._producer is None or self._pid != os.getpid():  # in a forked child it is the parent's
+        if self._producer is None:
             connection = Connection(
                 self._url, connect_timeout=_CONNECT_TIMEOUT, transport_options={"confirm_publish": True}
             )
-            self._producer, self._pid = Producer(connection), os.getpid()
+            self._producer = Producer(connection)
         return self._producer
 
     def _disconnect(self) -> None:
@@ -120,14 +119,14 @@ class KombuSender:
 _made: weakref.WeakSet[KombuSender] = weakref.WeakSet()
 
 
-def _renew_locks() -> None:
-    """In a forked child: a lock's holder may be a thread that only the parent has."""
+def _begin_anew() -> None:
+    """In a forked child: the lock is perhaps held by a thread of the parent, whose connection it is too."""
     for sender in list(_made):
-        sender._lock = threading.Lock()  # noqa: SLF001 - of this module
+        sender._lock, sender._producer = threading.Lock(), None  # noqa: SLF001 - of this module
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -148,6 +148,7 @@ def test_a_child_that_is_forked_in_mid_send_sends(rabbitmq_url: str, unique_name
             signal.alarm(20)
             failed = 1
             try:
+                sender.close()
                 sender(message)
                 failed = 0
             finally:
