@@ -23,31 +23,8 @@ from idem_tasks.errors import (
 )
 from idem_tasks.events import EventName
 from idem_tasks.runtime import register_interruption, run_sync
-from idem_tasks.stores.base import RuntimeName
 from idem_tasks.testing import ManualClock
-from tests.unit.scripted import LEASE, SCOPE, World, away, world_on
-
-
-@pytest.fixture(params=["blocking", "asyncio"])
-def runtime(request: pytest.FixtureRequest) -> RuntimeName:
-    return cast(RuntimeName, request.param)
-
-
-@pytest.fixture(params=[1, 2], ids=["memory", "tiered"])
-def tiers(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch, runtime: RuntimeName, tiers: int) -> Iterator[World]:
-    with world_on(monkeypatch, runtime, tiers) as world:
-        yield world
-
-
-@pytest.fixture
-def tiered(monkeypatch: pytest.MonkeyPatch, runtime: RuntimeName) -> Iterator[World]:
-    with world_on(monkeypatch, runtime, 2) as world:
-        yield world
+from tests.unit.scripted import LEASE, SCOPE, World, away
 
 
 class DeclinedError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
@@ -38,22 +38,9 @@ from idem_tasks.errors import (
 from idem_tasks.events import EventName
 from idem_tasks.outcomes import JsonCodec
 from idem_tasks.runtime import register_interruption, run_sync
-from idem_tasks.stores.base import RuntimeName
 from idem_tasks.stores.memory_marker import MemoryMarker
 from idem_tasks.testing import assert_idempotent, crash_point
 from tests.unit.scripted import LEASE, SCOPE, World, away, world_on
-
-
-@pytest.fixture(params=["blocking", "asyncio"])
-def runtime(request: pytest.FixtureRequest) -> RuntimeName:
-    return cast(RuntimeName, request.param)
-
-
-@pytest.fixture(params=[1, 2], ids=["memory", "tiered"])
-def world(monkeypatch: pytest.MonkeyPatch, runtime: RuntimeName, request: pytest.FixtureRequest) -> Iterator[World]:
-    with world_on(monkeypatch, runtime, request.param) as world:
-        yield world
-
 
 Body = Callable[[str], Generator[tuple[Any, ...], Any, Any]]
 """A handler that yields the arguments of each step and is sent its value, so that it is written once."""

@@ -8,9 +8,8 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -33,30 +32,7 @@ from idem_tasks.errors import (
 )
 from idem_tasks.events import EventName
 from idem_tasks.runtime import run_sync
-from idem_tasks.stores.base import RuntimeName
 from tests.unit.scripted import LEASE, SCOPE, World, away, world_on
-
-
-@pytest.fixture(params=["blocking", "asyncio"])
-def runtime(request: pytest.FixtureRequest) -> RuntimeName:
-    return cast(RuntimeName, request.param)
-
-
-@pytest.fixture(params=[1, 2], ids=["memory", "tiered"])
-def tiers(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch, runtime: RuntimeName, tiers: int) -> Iterator[World]:
-    with world_on(monkeypatch, runtime, tiers) as world:
-        yield world
-
-
-@pytest.fixture
-def tiered(monkeypatch: pytest.MonkeyPatch, runtime: RuntimeName) -> Iterator[World]:
-    with world_on(monkeypatch, runtime, 2) as world:
-        yield world
 
 
 class DeclinedError(Exception):
