@@ -457,7 +457,7 @@ def _roll_back(session: Session) -> None:
 
 def _shown(bind: Connection | Engine) -> str:
     translates = bind.get_execution_options().get("schema_translate_map")
-    moved = ", whose schema_translate_map is applied to the table of records too," if translates else ""
+    moved = " (whose schema_translate_map is applied to the table of records too)" if translates else ""
     return f"{shown(bind.engine.url)}{moved}"
 
 

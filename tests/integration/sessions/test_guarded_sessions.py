@@ -20,6 +20,7 @@ from idem_tasks.claims import State
 from idem_tasks.runtime import run_sync
 from idem_tasks.testing import Driver
 from tests.integration.sessions.seller import SCOPE, Listened, Order, Seller, order
+from tests.integration.sql_proxy import Proxy
 from tests.services.mariadb_server import MariaDBServer
 
 PRIVATE = "4111-1111"
@@ -246,6 +247,17 @@ def test_no_error_of_the_finish_shows_the_outcome(seller: Seller) -> None:
     assert PRIVATE not in "".join(traceback.format_exception(raised.value))
 
 
+@on_databases("postgres", "mariadb")
+def test_sessions_that_reach_no_database_put_the_message_back(seller: Seller) -> None:
+    """Their engine served before, and errors of it are watched; this one has no connection (F59)."""
+    with Proxy(seller.url) as proxy:
+        task = seller.task(order, session=seller.sessionmaker(seller.new_engine(proxy.url, poolclass=NullPool)))
+        assert task("A-1") == "ordered A-1"
+    with pytest.raises(StoreUnavailableError):
+        task("A-2")
+    assert (seller.orders(), seller.state("A-2")) == (1, State.RELEASED)
+
+
 # SQLite's transactions, which Python begins late
 
 
@@ -451,4 +463,4 @@ def test_at_serializable_a_handler_has_steps_or_a_session(seller: Seller, how: s
 def test_a_translated_schema_is_named(seller: Seller) -> None:
     """Without its name, "another database" would be a riddle: the URLs are the same."""
     engine = seller.new_engine().execution_options(schema_translate_map={None: "tenant_a"})
-    refused(seller, order, "schema_translate_map", session=seller.sessionmaker(engine))
+    refused(seller, order, r"\(whose schema_translate_map", session=seller.sessionmaker(engine))
