@@ -299,7 +299,17 @@ class Relay:
 
     async def _settle(self, outbox: Outbox, batch: _Batch) -> None:
         rest = batch.rest()
-        await self._runtime.shield(lambda: outbox.settle(batch.owner, sent=batch.sent, failed=batch.failed, rest=rest))
+
+        async def settle() -> StoreError | None:
+            try:
+                await outbox.settle(batch.owner, sent=batch.sent, failed=batch.failed, rest=rest)
+            except StoreError as error:
+                return error  # raised within the shield, it would hide a soft limit that struck before it
+            return None
+
+        refused = await self._runtime.shield(settle)
+        if refused is not None:
+            raise refused
 
     async def _send_batch(self, batch: _Batch, until: float, should_stop: Callable[[], bool]) -> None:
         stopped: set[tuple[str, str]] = set()

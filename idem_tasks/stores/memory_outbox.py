@@ -28,8 +28,9 @@ class MemoryOutbox:
     def add(self, messages: Sequence[OutboxMessage]) -> None:
         """Add the messages of an outcome that is being recorded; under the lock."""
         for message in messages:
-            waiting = _Waiting(message, self._clock())
-            self._keys.setdefault((message.scope, message.key), []).append(waiting)
+            waiting = self._keys.setdefault((message.scope, message.key), [])
+            if all(each.message.id != message.id for each in waiting):
+                waiting.append(_Waiting(message, self._clock()))
 
     async def take(
         self, owner: str, *, lease: float, limit: int, of: tuple[str, str] | None = None

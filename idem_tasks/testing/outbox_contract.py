@@ -108,6 +108,15 @@ class OutboxContract(StoreSuite):
         assert box.use.record().state is State.COMPLETED
         assert tuple(box.left()) == with_messages(lease).messages
 
+    def test_what_waits_already_is_not_there_twice(self, box: OutboxInUse) -> None:
+        """A finish that is sent again finds its record forgotten, and its messages not sent yet (F21, F45)."""
+        lease = box.use.granted()
+        outcome = with_messages(lease)
+        assert box.use.finish(lease, outcome) == Recorded()
+        assert box.use.forget()
+        assert box.use.finish(lease, outcome, may_insert=True) == Recorded()
+        assert tuple(box.left()) == outcome.messages
+
     def test_a_write_through_writes_them(self, box: OutboxInUse) -> None:
         """F57: what waited in a marker is recorded with its messages, once."""
         write_through = getattr(box.use.store, "write_through", None)

@@ -63,7 +63,7 @@ def handler_of(world: World, actor: Actor) -> Callable[..., Coroutine[Any, Any, 
         await stop("returns")
         if session is None:  # or nothing of it has happened before the commit
             laws.handler_returned(name)
-        actor.ran_until = world.clock()
+        actor.ran_until = actor.worker.ran_until = world.clock()
         return f"outcome of {name}"
 
     async def in_step(claim: Claim, step: str) -> None:

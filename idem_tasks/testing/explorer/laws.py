@@ -401,7 +401,8 @@ class Laws:
         """Check and note the messages of an outcome that was just recorded; each run publishes so many."""
         if len(messages) != published:
             self._broken(Law.RECORDED_MESSAGES, f"{owner} published {published}, and {len(messages)} are recorded")
-        self._messages += [message.id for message in messages]
+        # A finish that is sent again when its record was forgotten brings the same ones back.
+        self._messages += [message.id for message in messages if message.id not in self._messages]
 
     def sent(self, message: OutboxMessage) -> None:
         """Check that a message may be sent now: it is recorded, and all before it were sent."""

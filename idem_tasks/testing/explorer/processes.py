@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from idem_tasks.call import Services
 from idem_tasks.claims import Claim, Finished
 from idem_tasks.errors import StoreUnavailableError
-from idem_tasks.events import Announcer
+from idem_tasks.events import Announcer, Event, EventName
 from idem_tasks.heartbeat import Heartbeat
 from idem_tasks.outbox import Senders
 from idem_tasks.outcomes import JsonCodec
@@ -18,6 +18,7 @@ from idem_tasks.stores.base import MarkerPending
 from idem_tasks.stores.tiered import TieredStore
 from idem_tasks.testing.explorer.database import SimulatedTransaction
 from idem_tasks.testing.explorer.laws import Law, Violation
+from idem_tasks.testing.explorer.scenario import RETENTION
 from idem_tasks.testing.explorer.words import summary_of, words_of
 from idem_tasks.testing.stepped import Step, stepped_marker, stepped_record
 
@@ -122,7 +123,11 @@ class Worker:
         """Whose handler runs in it."""
         self.reply: str | None = None
         """What becomes of the next reply, where the world does not stop at each."""
-        announce = Announcer(())
+        self.ran_until = 0.0
+        """When the handler in it returned."""
+        self.retention_is_over = False
+        """Whether it has given up an outcome that nobody would be given any more."""
+        announce = Announcer((self._hears,))
         record: Any = stepped_record(world.watched_record, self.reach)
         record.outbox = stepped_record(world.watched_outbox, self.reach, "outbox")
         if world.scenario.session:
@@ -133,6 +138,10 @@ class Worker:
         self.services = Services(
             self.store, self.heartbeat, announce, _codec, Runtime(self), Senders({"mail": world.post})
         )
+
+    def _hears(self, event: Event) -> None:
+        if event.name is EventName.OUTCOME_DROPPED:
+            self.retention_is_over = self.world.clock() > self.ran_until + RETENTION
 
     async def reach(self, step: Step) -> bool:
         """Stop at a step of whatever runs in this process."""

@@ -465,6 +465,8 @@ class World:
         """Let the laws see how a call ended, and what it leaves behind."""
         # A handler that a soft limit ended may hear that somebody else's outcome is recorded.
         may_end_by: tuple[type[BaseException], ...] = (SystemExit, SoftLimitError, *PUT_BACK)
+        if callable(self.scenario.policy.on_crash):
+            may_end_by = (*may_end_by, InDoubtError)  # it struck the question, and a person finds the record
         heard_another = ended_by is None and actor.superseded
         match actor.struck:
             case SystemExit() if not isinstance(ended_by, SystemExit):
@@ -677,7 +679,7 @@ class World:
             self.clock.advance(LONGEST_WAIT)
             self._run_down()
         for worker in living:
-            if worker.delivery is not None:
+            if worker.delivery is not None and not worker.retention_is_over:
                 self.laws.process_is_left(worker.delivery)
         if self.laws.violation is not None:
             raise self.laws.violation
@@ -730,7 +732,10 @@ class World:
                 None if self._last_seen is None else record_summary(self._last_seen),
                 standing,
                 tuple(actor.summary() for _, actor in sorted(self.actors.items())),
-                tuple((w.name, w.dead, w.has_beaten, w.heartbeat.summary()) for w in self.workers.values()),
+                tuple(
+                    (w.name, w.dead, w.has_beaten, w.retention_is_over, w.heartbeat.summary())
+                    for w in self.workers.values()
+                ),
                 (self.ready, self.begun, self.runs, frozenset(self.down), self.clock(), self._people),
                 (tuple(self._unfinished), frozenset(self._decided.items())),
                 frozenset(late.summary() for late in self._on_their_way.values()),
