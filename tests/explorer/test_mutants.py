@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,18 @@ from tests.explorer.mutants import MUTANTS
 _EXPLORED = list(dict.fromkeys((mutant.scenario, mutant.seed) for mutant in MUTANTS))
 
 
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_each_change_fits_what_is_shipped(mutant: Mutant) -> None:
+    """None has lost its place in the source, which would be noticed only where all of them are tried."""
+    origin = importlib.util.find_spec(mutant.module)
+    assert origin is not None
+    assert origin.origin is not None
+    shipped = Path(origin.origin).read_text(encoding="utf-8")
+    assert mutant.broken(shipped) != shipped
+
+
+@pytest.mark.large
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_broken_protocol_breaks_a_law(mutant: Mutant, record_property: Callable[[str, object], None]) -> None:
     """A protocol that is broken in one place is caught by the law that is meant for it, in seconds."""
