@@ -14,6 +14,7 @@ from kombu import Connection, Exchange, Queue
 from redis import Redis
 from sqlalchemy import NullPool, create_engine, inspect
 
+from idem_tasks.demo.worker import CONCURRENCY
 from tests.services.waiting import wait_until
 
 WITHOUT, WITH = 0, 1
@@ -116,7 +117,8 @@ def assert_exactly_once(demo: Demo, orders: int) -> None:
     assert int(demo.row("replays")[WITH]) == messages - orders
     assert demo.row("records")[WITH] == str(orders)
     answered = sum(int(demo.row(label)[WITH]) for label in ("runs", "replays", "waits"))
-    assert answered == int(demo.row("deliveries")[WITH])
+    # The worker that is killed in mid-charge may have another process, between its delivery and its claim.
+    assert 0 <= int(demo.row("deliveries")[WITH]) - answered < CONCURRENCY
     assert f"Charged exactly once with idem_tasks: {orders} of {orders} orders." in demo.talk.splitlines()[-1]
 
 
