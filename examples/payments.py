@@ -41,7 +41,7 @@ def pay(order_id: str, url: str) -> str:
 def deliver(url: str, *place: str) -> int:
     """Deliver the message to a worker process, which may be killed at a place."""
     command = [sys.executable, __file__, *(place or ["nowhere"]), url]
-    return os.spawnv(os.P_WAIT, sys.executable, command)  # noqa: S606  # noqa: S606
+    return os.spawnv(os.P_WAIT, sys.executable, command)  # noqa: S606
 
 
 if len(sys.argv) > 1:  # a worker

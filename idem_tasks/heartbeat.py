@@ -151,7 +151,7 @@ class Heartbeat:
 
     def _wake_by(self, time: float) -> None:
         """See to it that a beat happens by then."""
-        raise NotImplementedError  # pragma: no cover - each runtime has its own
+        raise NotImplementedError  # pragma: no cover - a thread's and a task's heartbeat below each have their own
 
     def forget_all(self) -> None:
         """Drop everything without a word to the store: a forked child holds none of its parent's claims."""

@@ -174,7 +174,7 @@ class Faults:
                         client.set(f"{FILLER}{number % 100}", "x" * FILLER_BYTES)
                     except RedisError:
                         refused += 1
-                    time.sleep(0.02)
+                    time.sleep(0.02)  # the fault: Redis is filled over seconds, and not at once
             finally:
                 client.config_set("maxmemory", 0)
                 client.delete(*(f"{FILLER}{number}" for number in range(100)))

@@ -215,7 +215,7 @@ class Show:
         left, quiet = self._left(), 0
         while (any(left.values()) or quiet < 2) and time.monotonic() < deadline:
             self._say_how_it_goes(left)
-            time.sleep(1.0)
+            time.sleep(1.0)  # brokers tell of their queues only when asked
             before, left = left, self._left()
             quiet = quiet + 1 if not any(left.values()) else 0
             if left != before or not any(left.values()):
@@ -288,7 +288,7 @@ def send_the_rest(premises: Premises, ledger: Ledger) -> None:
     with direct(premises, senders={"post": sales.post_office(ledger, premises.name)}) as idem:
         deadline = time.monotonic() + SECONDS_UNTIL_ALL_IS_SENT
         while idem.relay().left and time.monotonic() < deadline:
-            time.sleep(1.0)
+            time.sleep(1.0)  # nobody tells when a dead sender's lease is over
 
 
 def kept_by(premises: Premises, published: Sequence[Published]) -> Iterator[Kept]:

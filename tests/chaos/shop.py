@@ -79,7 +79,7 @@ def pay(order: str, before: float, after: float) -> str:
 def post(order: str, before: float, after: float, session: Session) -> str:
     claim, pid = current_claim(), os.getpid()
     ledger.note(Started(time.time(), SHOP, order, "post", pid, claim.attempt, claim.fencing_token, claim.taken_over))
-    time.sleep(before)
+    time.sleep(before)  # the work that faults strike, here and below
     session.execute(insert(SALES).values(sale(order, pid, claim.attempt, claim.fencing_token)))
     claim.publish_message(order, to="post")
     time.sleep(after)
@@ -95,7 +95,7 @@ def ship(order: str, before: float, after: float) -> str:
     ledger.note(Started(time.time(), SHOP, order, "ship", pid, claim.attempt, token, claim.taken_over))
 
     def pick() -> str:
-        time.sleep(before)
+        time.sleep(before)  # work, as above
         ledger.note(Effect(time.time(), SHOP, order, "ship", pid, claim.attempt, token))
         return secrets.token_hex(4)
 
