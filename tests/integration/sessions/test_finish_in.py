@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from sqlalchemy import make_url
 
 from idem_tasks import Policy, RedisStore, SQLStore, TieredStore, current_claim
 from idem_tasks.claims import State
-from idem_tasks.errors import ConfigurationError, LeaseLostError
+from idem_tasks.errors import ConfigurationError, InProgressError, LeaseLostError, StoreUnavailableError
 from idem_tasks.testing import Driver
 from idem_tasks.testing.driver import PATIENCE
 from tests.integration.sessions.seller import SCOPE, SHORT, Seller
@@ -238,6 +239,36 @@ def test_what_rolls_it_back_is_a_failure_as_ever(seller: Seller, connect: Connec
         seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1", policy=policy)
     ended = State.FAILED if error is DeclinedError else State.RELEASED
     assert (seller.orders(), seller.state()) == (0, ended)
+
+
+@pytest.mark.parametrize("url", ["postgres_url"], indirect=True)
+def test_a_transaction_that_is_left_open_is_not_guessed_about(seller: Seller, connect: Connect) -> None:
+    """Nobody knows how it ends: nothing is released, and the message comes again; rolled back, the next one runs."""
+    left = connect()
+    ran: list[str] = []
+
+    def handler(name: str) -> str:
+        ran.append(name)
+        if len(ran) == 1:
+            write(left, name)
+            current_claim().finish_in(left, "never committed")
+            raise KeyError
+        return "the second"
+
+    policy = Policy(lease=1.0)
+    with pytest.raises(StoreUnavailableError, match="not known whether"):
+        seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1", policy=policy)
+    left.close()
+    assert (seller.orders(), seller.state()) == (0, State.RUNNING)
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            assert seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1", policy=policy) == "the second"
+            break
+        except InProgressError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)  # until the lease is over
+    assert ran == ["A-1", "A-1"]
 
 
 @pytest.mark.parametrize("url", ["postgres_url"], indirect=True)
