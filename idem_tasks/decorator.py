@@ -13,6 +13,7 @@ from idem_tasks import config, hosts
 from idem_tasks.call import Call
 from idem_tasks.claims import ClaimRequest, Record, new_owner, process_name
 from idem_tasks.errors import ConfigurationError
+from idem_tasks.events import EventName
 from idem_tasks.hosts import Host
 from idem_tasks.keys import CallKey, KeyPlan
 from idem_tasks.outcomes import ReturnType
@@ -228,6 +229,10 @@ class IdempotentFunction:
             holder=holder,
         )
         return Call(request, idempotency.services(self._runtime), self._return_type.resolve, host, session)
+
+    def announce(self, name: EventName, scope: str, key: str, **details: Any) -> None:
+        """Tell the observers of its `Idempotency` what became of a message; for integrations."""
+        self.idempotency.services(self._runtime).announce(name, scope, key, **details)
 
     def key_for(self, *args: Any, **kwargs: Any) -> str:
         """Return the idempotency key that a call with these arguments has."""

@@ -39,6 +39,7 @@ class EventName(StrEnum):
     SHADOW_DUPLICATE = "shadow_duplicate"
     RELEASE_FAILED = "release_failed"
     PUT_BACK = "put_back"
+    DEAD_LETTERED = "dead_lettered"
     RESOLVED = "resolved"
     FORGOTTEN = "forgotten"
     OUTBOX_SENT = "outbox_sent"
@@ -77,6 +78,7 @@ _LEVELS: dict[EventName, int] = {
     EventName.SHADOW_DUPLICATE: logging.INFO,
     EventName.RELEASE_FAILED: logging.ERROR,
     EventName.PUT_BACK: logging.INFO,
+    EventName.DEAD_LETTERED: logging.ERROR,
     EventName.RESOLVED: logging.WARNING,
     EventName.FORGOTTEN: logging.WARNING,
     EventName.OUTBOX_FAILED: logging.WARNING,
