@@ -19,6 +19,7 @@ from idem_tasks.claims import AuditEntry, Claim, DeadClaim, OutboxMessage, Recor
 from idem_tasks.config import configure
 from idem_tasks.decorator import IdempotentFunction, idempotency_of, idempotent_task
 from idem_tasks.errors import (
+    BatchError,
     ConfigurationError,
     ConflictError,
     DuplicateError,
@@ -94,6 +95,7 @@ __all__ = [  # noqa: RUF022 - in groups, in the order in which a reader needs th
     "Observer",
     "log_event",
     # Errors
+    "BatchError",
     "ConfigurationError",
     "ConflictError",
     "DuplicateError",

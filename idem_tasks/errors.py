@@ -14,6 +14,7 @@
     ├── InDoubtError                         a person has to say whether the effect happened
     ├── ParkedError                          too many crashes or failures; a person has to look
     │   └── StepsChangedError                other steps than at an earlier attempt of the same key
+    ├── BatchError                           some members of a batch have no outcome; each has its own error
     ├── MessageError (ValueError)            a message that cannot be kept in the outbox; nothing was published
     ├── OutcomeError                         an outcome that cannot be encoded, decoded or was not kept
     ├── ReplayedFailureError                 the recorded failure of an earlier delivery
@@ -182,6 +183,22 @@ class StepsChangedError(ParkedError):
             key=key,
             crashes=crashes,
             failures=failures,
+        )
+
+
+class BatchError(IdemTasksError):
+    """Some messages of a batch have no outcome.
+
+    `results` are the outcomes in the order of the messages, with its own error in the place of each one without.
+    """
+
+    def __init__(self, message: str | None = None, *, results: Sequence[Any] = (), errors: Sequence[int] = ()) -> None:
+        self.results = list(results)
+        self.errors = tuple(errors)
+        """The positions of those that have no outcome."""
+        kinds = sorted({type(self.results[position]).__name__ for position in self.errors})
+        super().__init__(
+            message or f"{len(self.errors)} of {len(self.results)} messages have no outcome ({', '.join(kinds)})"
         )
 
 

@@ -473,6 +473,47 @@ class RecordTier(Store, Protocol):
         ...
 
 
+# Batches: the usual case of many claims or finishes in one round trip. A store need not have these verbs.
+
+
+class BatchStore(Protocol):
+    """A store that claims and finishes many records at once.
+
+    No two places in one call are the same, and they come sorted by scope and key in bytes, which is the order in which
+    a store locks them (F66). What a verb answers None for, it left as it is: that one needs a verb of its own.
+    """
+
+    async def claim_batch(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
+        """Claim all these records in one round trip to each tier, and answer each as `Store.claim` does.
+
+        None for one whose record is released, dead or over, or came or went meanwhile: claim it by itself.
+        """
+        ...
+
+    async def finish_batch(self, finished: Sequence[tuple[Lease, EncodedOutcome]]) -> list[Recorded | None]:
+        """Record these outcomes, each under its lease's fence, in one round trip to each tier and one commit.
+
+        None for one whose fence missed: finish it by itself, which tells why. None of the outcomes has messages.
+        """
+        ...
+
+
+class BatchMarker(Protocol):
+    """A marker tier that does the same for many keys in one round trip (in a cluster, one for each node)."""
+
+    async def take_batch(self, requests: Sequence[ClaimRequest]) -> list[MarkerAnswer | None]:
+        """As `Marker.take` for each; None where what stands there cannot be read: take it by itself."""
+        ...
+
+    async def give_back_batch(self, requests: Sequence[ClaimRequest]) -> None:
+        """As `Marker.give_back` for each."""
+        ...
+
+    async def publish_batch(self, finished: Sequence[tuple[ClaimRequest, Finished, float]]) -> None:
+        """As `Marker.publish` for each, the last being its time to live in seconds."""
+        ...
+
+
 # The journal of steps. A store need not have one.
 
 

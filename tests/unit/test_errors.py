@@ -11,6 +11,7 @@ import pytest
 
 from idem_tasks import errors
 from idem_tasks.errors import (
+    BatchError,
     ConfigurationError,
     ConflictError,
     DuplicateError,
@@ -65,6 +66,11 @@ EXAMPLES: list[tuple[IdemTasksError, dict[str, Any], str]] = [
         "were charge, mail at an earlier attempt and are charge, refund now",
     ),
     (OutcomeError("not kept"), {}, "not kept"),
+    (
+        BatchError(results=["receipt", None], errors=[1]),
+        {"results": ["receipt", None], "errors": (1,)},
+        "1 of 2 messages have no outcome",
+    ),
     (MessageError("no JSON"), {}, "no JSON"),
     (
         ReplayedFailureError(error_type="shop.Declined", error_message="no"),
