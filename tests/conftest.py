@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.services.fixtures", "tests.skip_list", "tests.explorer.proof_summary"]
+pytest_plugins = ["tests.services.fixtures", "tests.services.tables", "tests.skip_list", "tests.explorer.proof_summary"]
 
 
 # How long an example takes says how busy this machine is, and nothing of what is tested.

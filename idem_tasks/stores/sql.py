@@ -305,7 +305,8 @@ class SQLStore:
 
         Raises `StoreConfigurationError` for tables that a newer version of this library made.
         """
-        await self._try(self._refuse_newer_tables)
+        if await self._try(self._are_newest):
+            return
         until = time.monotonic() + _SCHEMA_WAIT
         while not await self._try(self._upgrade):
             if time.monotonic() > until:
@@ -323,7 +324,8 @@ class SQLStore:
 
         return revision_of(connection, self._schema, self._prefix)
 
-    def _refuse_newer_tables(self, sql: Statements, connection: Connection) -> None:
+    def _are_newest(self, sql: Statements, connection: Connection) -> bool:
+        """Tell whether there is nothing to be made; raises `StoreConfigurationError` for tables that are newer."""
         from idem_tasks.stores.migrations.offline import newest_revision
 
         revision, newest = self._revision(sql, connection), newest_revision()
@@ -332,6 +334,7 @@ class SQLStore:
                 f"{self._client.address}: the tables {self._tables} were made by a newer version of idem_tasks: they "
                 f"have version {revision}, and this one knows {newest}; upgrade idem_tasks here"
             )
+        return revision == newest
 
     def _upgrade(self, sql: Statements, connection: Connection) -> bool:
         from idem_tasks.stores.migrations import upgrade  # Alembic is slow to import and seldom needed

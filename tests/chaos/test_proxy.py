@@ -26,7 +26,7 @@ def proxy() -> Iterator[Proxy]:
     """In front of a server that says what it hears."""
     proxies = Proxies()
     with EchoServer(("127.0.0.1", 0), Echo) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield proxies.to(server.server_address[1])
         proxies.close()
         server.shutdown()

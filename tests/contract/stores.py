@@ -48,8 +48,8 @@ class OnSQLite:
     """`SQLStore` on a file."""
 
     @pytest.fixture
-    def store(self, sqlite_url: str) -> RecordTier:
-        return SQLStore(sqlite_url)
+    def store(self, sqlite_tables_url: str) -> RecordTier:
+        return SQLStore(sqlite_tables_url)
 
 
 class OnPostgreSQL:
@@ -102,5 +102,5 @@ class OnRedisAndSQLite:
     """`TieredStore` of Redis and a SQLite file."""
 
     @pytest.fixture
-    def store(self, redis_url: str, sqlite_url: str) -> Store:
-        return TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(sqlite_url))
+    def store(self, redis_url: str, sqlite_tables_url: str) -> Store:
+        return TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(sqlite_tables_url))

@@ -254,7 +254,7 @@ def tested(name: str, request: pytest.FixtureRequest) -> Store:
         case "memory_tiers":
             return TieredStore(MemoryMarker(), MemoryStore())
         case "sqlite":
-            return SQLStore(url("sqlite_url"))
+            return SQLStore(url("sqlite_tables_url"))
         case "postgres":
             return SQLStore(url("postgres_database"), create_schema=True)
         case "mariadb":
@@ -262,7 +262,9 @@ def tested(name: str, request: pytest.FixtureRequest) -> Store:
         case "redis":
             return RedisStore(url("redis_url"), socket_timeout=PATIENCE)
         case _:
-            return TieredStore(RedisStore(url("redis_url"), socket_timeout=PATIENCE), SQLStore(url("sqlite_url")))
+            return TieredStore(
+                RedisStore(url("redis_url"), socket_timeout=PATIENCE), SQLStore(url("sqlite_tables_url"))
+            )
 
 
 @pytest.mark.parametrize("name", STORES)

@@ -49,9 +49,9 @@ def test_a_broken_protocol_breaks_a_law(mutant: Mutant, record_property: Callabl
 def test_the_shipped_protocol_breaks_no_law_where_the_broken_ones_do(name: str, seed: int | None) -> None:
     """Where a broken protocol is caught, the shipped one is not: the laws ask for no more than is promised."""
     if seed is None:
-        explored = explore(SCENARIOS[name], seconds=4)
+        explored = explore(SCENARIOS[name], seconds=2)
     else:
-        explored = explore_at_random(SCENARIOS[name], seed, executions=1000, seconds=4)
+        explored = explore_at_random(SCENARIOS[name], seed, executions=1000, seconds=2)
     assert_no_find(explored)
 
 

@@ -37,7 +37,7 @@ def proxy(port: int, rule: Rule) -> Iterator[str]:
         request_queue_size = 128
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield f"redis://127.0.0.1:{server.server_address[1]}/0"
         server.shutdown()

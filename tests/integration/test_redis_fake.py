@@ -22,7 +22,7 @@ class ManyClients(TcpFakeServer):
 @pytest.fixture(scope="module")
 def fakeredis_url() -> Iterator[str]:
     server = ManyClients(("127.0.0.1", 0), server_type="redis")
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield f"redis://127.0.0.1:{server.server_address[1]}/0"
     server.shutdown()

@@ -15,7 +15,9 @@ from idem_tasks.stores.base import Marker, MarkerRunning, MarkerTaken, Store
 from idem_tasks.stores.redis import RedisStore
 from idem_tasks.testing import MarkerContract
 from tests.integration.redis_proxy import Command, proxy
+from tests.services.fixtures import flushed, private
 from tests.services.redis_server import RedisServer
+from tests.services.run import Run
 
 SYNTAX_ERROR = b"-ERR syntax error\r\n"
 
@@ -33,12 +35,22 @@ def port_of(url: str) -> int:
         return int(client.connection_pool.connection_kwargs["port"])
 
 
+@pytest.fixture(scope="module")
+def own_redis(service_run: Run) -> Iterator[RedisServer]:
+    """A Redis of these tests' own."""
+    with private(RedisServer, service_run) as start:
+        yield start()
+
+
 @pytest.fixture
-def old_redis_url(private_redis: Callable[..., RedisServer]) -> Iterator[str]:
-    """A Redis that knows SET NX and SET GET, but not both in one command, as 6.2 does."""
-    with proxy(
-        private_redis().port, lambda command: SYNTAX_ERROR if is_set_get(command) and b"NX" in command else command
-    ) as url:
+def old_redis_url(own_redis: RedisServer) -> Iterator[str]:
+    """An empty Redis that knows SET NX and SET GET, but not both in one command, as 6.2 does."""
+    with (
+        flushed(own_redis.client()),
+        proxy(
+            own_redis.port, lambda command: SYNTAX_ERROR if is_set_get(command) and b"NX" in command else command
+        ) as url,
+    ):
         yield url
 
 

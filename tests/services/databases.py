@@ -7,12 +7,16 @@ from sqlalchemy import Connection, NullPool, create_engine, make_url, text
 
 
 @contextmanager
-def new_database(server_url: str, name: str) -> Iterator[str]:
-    """Make an empty database, give its URL, and drop it even if clients are still connected."""
+def new_database(server_url: str, name: str, template: str | None = None) -> Iterator[str]:
+    """Make an empty database, give its URL, and drop it even if clients are still connected.
+
+    `template`: on PostgreSQL, the database that it is a copy of.
+    """
     engine = create_engine(server_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     is_postgres = engine.dialect.name == "postgresql"
     with engine.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}" + ("" if is_postgres else " CHARACTER SET utf8mb4")))
+        like = f"TEMPLATE {template}" if template else "" if is_postgres else "CHARACTER SET utf8mb4"
+        connection.execute(text(f"CREATE DATABASE {name} {like}"))
     try:
         yield make_url(server_url).set(database=name).render_as_string(hide_password=False)
     finally:

@@ -1,9 +1,9 @@
 """The fixtures through which tests get servers.
 
 Shared servers, each test with a part of its own: `redis_url`, `postgres_url`, `mariadb_url`, `mysql_url`,
-`rabbitmq_url`, `redis_sentinel`, `redis_cluster`; and `sqlite_url`. What is not there is skipped, and under CI=true
-fails. A test that restarts, kills, pauses or reconfigures a server starts one: `private_redis()`,
-`private_postgres()`, `private_mariadb()`, `private_rabbitmq()`; or takes `private_redis_sentinel`,
+`rabbitmq_url`, `redis_sentinel`, `redis_cluster`; and `sqlite_url`; those with tables are in `tables.py`. What is not
+there is skipped, and under CI=true fails. A test that restarts, kills, pauses or reconfigures a server starts one:
+`private_redis()`, `private_postgres()`, `private_mariadb()`, `private_rabbitmq()`; or takes `private_redis_sentinel`,
 `private_redis_cluster`.
 """
 
@@ -75,6 +75,10 @@ def worker_number(worker_id: str) -> int:
 @pytest.fixture
 def unique_name(worker_number: int) -> str:
     """A name that no other test of any run has; letters, digits and `_`: for queues, prefixes, databases."""
+    return new_name(worker_number)
+
+
+def new_name(worker_number: int) -> str:
     return f"t{worker_number}_{secrets.token_hex(6)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from io import StringIO
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sqlalchemy import create_mock_engine
 from idem_tasks.stores.sql_urls import parse_url, target
 
 
+@cache
 def newest_revision() -> str:
     """Return the number of the newest revision, such as 0001."""
     return str(ScriptDirectory(str(Path(__file__).parent)).get_current_head())

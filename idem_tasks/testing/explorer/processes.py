@@ -150,7 +150,8 @@ class Worker:
         if step.when == "before" or self.world.scenario.every_reply:
             return await _Stop(step)
         fault, self.reply = self.reply, None
-        self.world.log[-1] += f" -> {words_of(step.answer)}"
+        if self.world.tells:
+            self.world.log[-1] += f" -> {words_of(step.answer)}"
         self.world.was_told(step.answer)
         if fault == "reply lost":
             self.world.actor_at_hand.outages.add(step.tier)

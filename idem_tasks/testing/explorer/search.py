@@ -200,7 +200,7 @@ def _go_through(
     explored: Explored, waiting: list[tuple[Action, ...]], path: tuple[Action, ...], clock: ManualClock
 ) -> None:
     """Go along a path and on from its end, always by the first action; leave the others for later."""
-    world = World(explored.scenario, clock)
+    world = World(explored.scenario, clock, tells=False)
     explored.executions += 1
     try:
         for action in path:
@@ -229,7 +229,7 @@ def _go_through(
 
 
 def _draw(explored: Explored, chance: random.Random, clock: ManualClock) -> None:
-    world, path = World(explored.scenario, clock), []
+    world, path = World(explored.scenario, clock, tells=False), []
     explored.executions += 1
     try:
         for _ in range(_LONGEST):

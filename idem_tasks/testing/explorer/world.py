@@ -91,8 +91,10 @@ class Action(NamedTuple):
 class World:
     """One execution of a scenario."""
 
-    def __init__(self, scenario: Scenario, clock: ManualClock) -> None:
+    def __init__(self, scenario: Scenario, clock: ManualClock, *, tells: bool = True) -> None:
+        """`tells`: every step is logged in words; else only the rest, for executions that nobody reads."""
         clock.set(T0)
+        self.tells = tells
         self.scenario = scenario
         self.clock = clock
         self.record = MemoryStore(clock)
@@ -111,7 +113,7 @@ class World:
         self.down: set[str] = set()
         self.left: Counter[Fault] = Counter({fault: count for fault, count in scenario.faults.items() if count})
         self.faults_left = scenario.most_faults
-        self.log: list[str] = []
+        self.log: list[str] = [] if tells else [""]
         self._last_seen: Record | None = None
         self._people = 0
         self._decided: dict[str, int] = {}
@@ -279,7 +281,8 @@ class World:
     def _go_on(self, actor: Actor, *, again: bool = False) -> None:
         step = actor.step
         assert step is not None
-        self.log.append(f"{actor.name}: {words(step)}")
+        if self.tells:
+            self.log.append(f"{actor.name}: {words(step)}")
         if step.tier == "clock":
             self.clock.advance(step.answer)
         server = _SERVERS.get(step.tier)

@@ -1,4 +1,4 @@
-"""A seller on each database, in each runtime."""
+"""A seller on each database, in each runtime. The tables are made: these tests are about what goes into them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from idem_tasks.testing import Driver
 from tests.integration.sessions.seller import Seller
 
 DATABASES = ["sqlite_url", "postgres_url", "mariadb_url"]
+
+
+@pytest.fixture
+def sqlite_url(sqlite_tables_url: str) -> str:
+    return sqlite_tables_url
+
+
+@pytest.fixture
+def postgres_url(postgres_tables_url: str) -> str:
+    return postgres_tables_url
+
+
+@pytest.fixture
+def mariadb_url(mariadb_tables_url: str) -> str:
+    return mariadb_tables_url
 
 
 @pytest.fixture(params=["blocking", "asyncio"])
