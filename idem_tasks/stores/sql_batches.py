@@ -108,9 +108,7 @@ def are_seen(sql: Statements, connection: Connection, leases: Sequence[Lease]) -
     return all(lease.owner in owners for lease in leases)
 
 
-def look(
-    sql: Statements, connection: Connection, leases: Sequence[Lease]
-) -> list[Recorded | Finished | Lost | None]:
+def look(sql: Statements, connection: Connection, leases: Sequence[Lease]) -> list[Recorded | Finished | Lost | None]:
     """Tell of each how a transaction under these leases ended, once it has, as `sql_claims.look` does for one."""
     values = _members(connection, [place(lease.scope, lease.key) for lease in leases])
     found = _by_place(connection.execute(sql.batches.read_settled, values).all())

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from idem_tasks.claims import (
     AuditEntry,
@@ -35,7 +35,10 @@ from idem_tasks.claims import (
 from idem_tasks.errors import IdemTasksError, StoreConfigurationError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer, EventName
 from idem_tasks.stores.base import (
+    BatchMarker,
+    BatchStore,
     Marker,
+    MarkerAnswer,
     MarkerFinished,
     MarkerPending,
     MarkerRunning,
@@ -65,6 +68,7 @@ class TieredStore:
     def __init__(self, marker: Marker, record: RecordTier) -> None:
         self._marker = marker
         self._record = record
+        self._can_batch = hasattr(marker, "take_batch") and hasattr(record, "claim_batch")
         self._announce = Announcer(())
         self._siblings: dict[RuntimeName, TieredStore] = {}
 
@@ -153,6 +157,45 @@ class TieredStore:
             fencing_token=pending.fencing_token,
         )
 
+    async def claim_batch(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
+        """Ask the marker of all, and the record of those of which the marker knows nothing, each in one round trip.
+
+        None for what is to be claimed by itself: what the record leaves, a pending outcome, a marker that cannot be
+        read; and for all where a tier has no such verbs.
+        """
+        if not (self._can_batch and requests):
+            return [None] * len(requests)
+        try:
+            seen = await self._markers.take_batch(requests)
+        except StoreConfigurationError:
+            raise
+        except StoreError as error:
+            self._marker_failed(error)
+            if any(request.policy.on_marker_unavailable == "raise" for request in requests):
+                await self._give_back_batch(requests)
+                raise StoreUnavailableError(
+                    f"the markers cannot be taken ({error}), and the policy is on_marker_unavailable='raise'"
+                ) from error
+            # As in `claim`: one of them may have taken effect, or do so at any later time.
+            return await self._claim_records([replace(request, take=None) for request in requests])
+        taken = [request for request, answer in zip(requests, seen, strict=True) if isinstance(answer, MarkerTaken)]
+        claimed = iter(await self._claim_records(taken))
+        return [next(claimed) if isinstance(answer, MarkerTaken) else _known(answer) for answer in seen]
+
+    async def _claim_records(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
+        """Claim these records; publish what is finished in our markers' place, and take those of the rest away."""
+        if not requests:
+            return []
+        try:
+            answers = await self._records.claim_batch(requests)
+        except IdemTasksError:
+            await self._give_back_batch(requests)
+            raise
+        pairs = list(zip(requests, answers, strict=True))
+        await self._publish_batch([(request, answer) for request, answer in pairs if isinstance(answer, Finished)])
+        await self._give_back_batch([each for each, answer in pairs if not isinstance(answer, Granted | Finished)])
+        return answers
+
     async def decide(
         self, dead: Lease, request: ClaimRequest, outcome: EncodedOutcome | None
     ) -> Granted | Finished | Lost:
@@ -200,6 +243,23 @@ class TieredStore:
         await self._follow(lease, outcome, answer)
         return answer
 
+    async def finish_batch(self, finished: Sequence[tuple[Lease, EncodedOutcome]]) -> list[Recorded | None]:
+        """Record the outcomes, then let the markers answer with those that are, each in one round trip.
+
+        None for one whose fence missed, whose marker is left as it is; and for all where a tier has no such verbs.
+        """
+        if not (self._can_batch and finished):
+            return [None] * len(finished)
+        answers = await self._records.finish_batch(finished)
+        await self._publish_batch(
+            [
+                (lease.request, _recorded(lease, outcome))
+                for (lease, outcome), answer in zip(finished, answers, strict=True)
+                if answer is not None
+            ]
+        )
+        return answers
+
     def transaction(self, lease: Lease, source: SessionSource, given: Any) -> Transaction:
         """Return the record's transaction, which the marker follows; `ConfigurationError` where it has none."""
         return _FollowedTransaction(transaction_of(self._record, lease, source, given), partial(self._follow, lease))
@@ -219,14 +279,7 @@ class TieredStore:
         """Let the marker say what the record says."""
         match answer:
             case Recorded():
-                finished = Finished(
-                    outcome=replace(outcome, messages=()),  # they are in the outbox: a duplicate sends none
-                    fingerprint=lease.request.fingerprint,
-                    expires_in=lease.policy.retention,
-                    fencing_token=lease.fencing_token,
-                    traceparent=lease.request.traceparent,
-                )
-                await self._publish(lease.request, finished)
+                await self._publish(lease.request, _recorded(lease, outcome))
             case Finished():
                 await self._publish(lease.request, answer)
             case Lost():  # pragma: no branch - there is no other answer
@@ -336,6 +389,29 @@ class TieredStore:
             with self._marker_may_fail(request.scope, request.key):
                 await self._marker.publish(request, finished, ttl)
 
+    async def _publish_batch(self, finished: Sequence[tuple[ClaimRequest, Finished]]) -> None:
+        lasting = [
+            (request, each, ttl)
+            for request, each in finished
+            if (ttl := min(request.policy.cache_ttl, each.expires_in)) > 0
+        ]
+        if lasting:
+            with self._marker_may_fail("", ""):
+                await self._markers.publish_batch(lasting)
+
+    async def _give_back_batch(self, requests: Sequence[ClaimRequest]) -> None:
+        if requests:
+            with self._marker_may_fail("", ""):
+                await self._markers.give_back_batch(requests)
+
+    @property
+    def _markers(self) -> BatchMarker:
+        return cast(BatchMarker, self._marker)
+
+    @property
+    def _records(self) -> BatchStore:
+        return cast(BatchStore, self._record)
+
     async def _give_back(self, scope: str, key: str, owner: str) -> None:
         with self._marker_may_fail(scope, key):
             await self._marker.give_back(scope, key, owner)
@@ -360,6 +436,27 @@ class TieredStore:
 
     def _marker_failed(self, error: StoreError, scope: str = "", key: str = "") -> None:
         self._announce(EventName.MARKER_UNAVAILABLE, scope, key, error=str(error))
+
+
+def _known(answer: MarkerAnswer | None) -> ClaimAnswer | None:
+    """What a marker that is not ours answers a claim of many with; None: not without the record."""
+    match answer:
+        case MarkerRunning(retry_after):
+            return InProgress(retry_after)
+        case MarkerFinished(finished):
+            return finished
+    return None
+
+
+def _recorded(lease: Lease, outcome: EncodedOutcome) -> Finished:
+    """Return our own outcome as a duplicate is told of it."""
+    return Finished(
+        outcome=replace(outcome, messages=()),  # they are in the outbox: a duplicate sends none
+        fingerprint=lease.request.fingerprint,
+        expires_in=lease.policy.retention,
+        fencing_token=lease.fencing_token,
+        traceparent=lease.request.traceparent,
+    )
 
 
 class _FollowedTransaction:
