@@ -37,7 +37,14 @@ from idem_tasks.errors import ConfigurationError, StoreConfigurationError, Store
 from idem_tasks.events import Announcer
 from idem_tasks.runtime import Asyncio, Blocking, interruption_in
 from idem_tasks.stores import sql_admin, sql_audit, sql_batches, sql_claims, sql_relay, sql_renewals, sql_steps
-from idem_tasks.stores.base import FailedSend, MarkerPending, RuntimeName, SessionSource, Transaction
+from idem_tasks.stores.base import (
+    BatchTransaction,
+    FailedSend,
+    MarkerPending,
+    RuntimeName,
+    SessionSource,
+    Transaction,
+)
 from idem_tasks.stores.schema import DEFAULT_PREFIX, audit_table, records_table, steps_table
 from idem_tasks.stores.sql_clients import Client, clients_for
 from idem_tasks.stores.sql_errors import (
@@ -54,6 +61,8 @@ from idem_tasks.stores.sql_statements import Kind, Statements, statements_for
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from idem_tasks.stores.sql_sessions import FencedTransaction
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -211,17 +220,24 @@ class SQLStore:
 
     def transaction(self, lease: Lease, source: SessionSource, given: Any) -> Transaction:
         """Return a transaction in a session of the user's, whose commit records the outcome under this lease."""
+        return self._transaction([lease], source, given)
+
+    def batch_transaction(self, leases: Sequence[Lease], source: SessionSource, given: Any) -> BatchTransaction:
+        """Return a transaction in a session of the user's, whose one commit records all outcomes, or none of them."""
+        return self._transaction(leases, source, given)
+
+    def _transaction(self, leases: Sequence[Lease], source: SessionSource, given: Any) -> FencedTransaction:
         from idem_tasks.stores.sql_sessions import FencedTransaction, Sessions  # the ORM: not everybody needs it
 
         assert isinstance(source, Sessions)
         return FencedTransaction(
             source,
             given,
-            lease=lease,
+            leases=leases,
             table=self._table,
             address=self._client.address,
             statements=self._statements,
-            look=lambda: self._run(sql_claims.look, lease),
+            look=lambda: self._run(sql_batches.look, leases),
         )
 
     def finish_in(self, connection: Any, lease: Lease, outcome: EncodedOutcome) -> bool:

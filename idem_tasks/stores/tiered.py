@@ -37,6 +37,7 @@ from idem_tasks.events import Announcer, EventName
 from idem_tasks.stores.base import (
     BatchMarker,
     BatchStore,
+    BatchTransaction,
     Marker,
     MarkerAnswer,
     MarkerFinished,
@@ -48,6 +49,8 @@ from idem_tasks.stores.base import (
     RuntimeName,
     SessionSource,
     Transaction,
+    UserTransaction,
+    batch_transaction_of,
     journal_of,
     outbox_of,
     sql_records,
@@ -264,6 +267,35 @@ class TieredStore:
         """Return the record's transaction, which the marker follows; `ConfigurationError` where it has none."""
         return _FollowedTransaction(transaction_of(self._record, lease, source, given), partial(self._follow, lease))
 
+    def batch_transaction(self, leases: Sequence[Lease], source: SessionSource, given: Any) -> BatchTransaction:
+        """Return the record's transaction for many claims, which the markers follow, as `transaction` does."""
+        transaction = batch_transaction_of(self._record, leases, source, given)
+        return _FollowedBatch(transaction, len(leases), partial(self._follow_all, leases))
+
+    async def _follow_all(
+        self,
+        leases: Sequence[Lease],
+        outcomes: Sequence[EncodedOutcome],
+        answers: Sequence[Recorded | Finished | Lost | None],
+    ) -> None:
+        """Let the markers say what the records say, where that is known."""
+        known = [
+            (lease, outcome, answer)
+            for lease, outcome, answer in zip(leases, outcomes, answers, strict=True)
+            if answer is not None
+        ]
+        if not self._can_batch:
+            for each in known:
+                await self._follow(*each)
+            return
+        told = [
+            (lease.request, answer if isinstance(answer, Finished) else _recorded(lease, outcome))
+            for lease, outcome, answer in known
+            if not isinstance(answer, Lost)
+        ]
+        await self._publish_batch(told)
+        await self._give_back_batch([lease.request for lease, _, answer in known if isinstance(answer, Lost)])
+
     def finish_in(self, connection: Any, lease: Lease, outcome: EncodedOutcome) -> bool:
         """Write the outcome of the record in a transaction of the user's; the marker follows when it is looked at."""
         return sql_records(self._record).finish_in(connection, lease, outcome)
@@ -395,9 +427,10 @@ class TieredStore:
             for request, each in finished
             if (ttl := min(request.policy.cache_ttl, each.expires_in)) > 0
         ]
-        if lasting:
-            with self._marker_may_fail("", ""):
-                await self._markers.publish_batch(lasting)
+        if not lasting:
+            return
+        with self._marker_may_fail("", ""):
+            await self._markers.publish_batch(lasting)
 
     async def _give_back_batch(self, requests: Sequence[ClaimRequest]) -> None:
         if requests:
@@ -459,17 +492,11 @@ def _recorded(lease: Lease, outcome: EncodedOutcome) -> Finished:
     )
 
 
-class _FollowedTransaction:
+class _Followed:
     """A transaction of the record tier, after which the marker answers with its outcome."""
 
-    def __init__(
-        self,
-        transaction: Transaction,
-        follow: Callable[[EncodedOutcome, Recorded | Finished | Lost], Awaitable[None]],
-    ) -> None:
+    def __init__(self, transaction: UserTransaction) -> None:
         self._transaction = transaction
-        self._follow = follow
-        self._outcome = EncodedOutcome()
 
     @property
     def session(self) -> Any:
@@ -487,20 +514,8 @@ class _FollowedTransaction:
     def is_cut_off(self) -> bool:
         return self._transaction.is_cut_off
 
-    async def begin(self) -> Finished | Lost | None:
-        return await self._followed(await self._transaction.begin())
-
-    async def commit(self, outcome: EncodedOutcome) -> bool:
-        self._outcome = outcome
-        is_committed = await self._transaction.commit(outcome)
-        await self._followed(Recorded() if is_committed else None)
-        return is_committed
-
     async def roll_back(self, *, throw_away: bool) -> None:
         await self._transaction.roll_back(throw_away=throw_away)
-
-    async def look(self) -> Recorded | Finished | Lost | None:
-        return await self._followed(await self._transaction.look())
 
     async def close(self) -> None:
         await self._transaction.close()
@@ -508,13 +523,71 @@ class _FollowedTransaction:
     def is_conflict(self, error: BaseException) -> bool:
         return self._transaction.is_conflict(error)
 
+
+class _FollowedTransaction(_Followed):
+    """That of one claim."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        follow: Callable[[EncodedOutcome, Recorded | Finished | Lost], Awaitable[None]],
+    ) -> None:
+        super().__init__(transaction)
+        self._of_record = transaction
+        self._follow = follow
+        self._outcome = EncodedOutcome()
+
+    async def begin(self) -> Finished | Lost | None:
+        return await self._followed(await self._of_record.begin())
+
+    async def commit(self, outcome: EncodedOutcome) -> bool:
+        self._outcome = outcome
+        is_committed = await self._of_record.commit(outcome)
+        await self._followed(Recorded() if is_committed else None)
+        return is_committed
+
+    async def look(self) -> Recorded | Finished | Lost | None:
+        return await self._followed(await self._of_record.look())
+
     def check_steps(self) -> None:
-        self._transaction.check_steps()
+        self._of_record.check_steps()
 
     def untouched(self) -> contextlib.AbstractContextManager[None]:
-        return self._transaction.untouched()
+        return self._of_record.untouched()
 
     async def _followed(self, answer: A) -> A:
         if answer is not None:
             await self._follow(self._outcome, answer)
         return answer
+
+
+class _FollowedBatch(_Followed):
+    """That of many claims."""
+
+    def __init__(
+        self,
+        transaction: BatchTransaction,
+        number: int,
+        follow: Callable[[Sequence[EncodedOutcome], Sequence[Recorded | Finished | Lost | None]], Awaitable[None]],
+    ) -> None:
+        super().__init__(transaction)
+        self._of_records = transaction
+        self._follow = follow
+        self._outcomes: Sequence[EncodedOutcome] = [EncodedOutcome()] * number
+
+    async def begin_all(self) -> list[Finished | Lost | None]:
+        answers = await self._of_records.begin_all()
+        await self._follow(self._outcomes, answers)
+        return answers
+
+    async def commit_all(self, outcomes: Sequence[EncodedOutcome]) -> list[bool]:
+        self._outcomes = outcomes
+        held = await self._of_records.commit_all(outcomes)
+        if all(held):
+            await self._follow(outcomes, [Recorded()] * len(held))
+        return held
+
+    async def look_all(self) -> list[Recorded | Finished | Lost | None]:
+        answers = await self._of_records.look_all()
+        await self._follow(self._outcomes, answers)
+        return answers
