@@ -298,8 +298,7 @@ def _published_by(request: ClaimRequest, finished: Finished, ttl: float) -> tupl
     )
     return (
         _taken_value(request),
-        _running(request.owner),
-        _pending(request.owner),
+        request.owner.encode(),
         b"finished:" + _encode(value),
         milliseconds(ttl),
     )

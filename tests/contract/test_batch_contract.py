@@ -38,13 +38,13 @@ class AnyBatch(BatchContract):
         """Any number of records, in any situations and any order."""
 
         @settings(
-            max_examples=10,
+            max_examples=6,
             derandomize=True,
             database=None,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.generate],
         )
-        @given(st.lists(st.sampled_from(list(SITUATIONS)), max_size=12))
+        @given(st.lists(st.sampled_from(list(SITUATIONS)), max_size=20))
         def law(situations: list[str]) -> None:
             BatchInUse(in_new_scope(use)).answered_alike(situations)
 
