@@ -34,7 +34,8 @@ class Batch:
     def __init__(self, seller: Seller, store: Any = None, sessions: Any = None, keys: Sequence[str] = KEYS) -> None:
         self.seller = seller
         self.driver = seller.driver
-        self.store: Any = (store or seller.idem.store).on(self.driver.runtime, Announcer(()))
+        given: Any = store or seller.idem.store
+        self.store = given.on(self.driver.runtime, Announcer(()))
         requests = [ClaimRequest(SCOPE, key, None, new_owner(), Policy(lease=60.0), "host:1") for key in keys]
         answers = self.driver(self.store.claim_batch(requests))
         self.leases: list[Lease] = [answer.lease for answer in answers if isinstance(answer, Granted)]
