@@ -242,6 +242,18 @@ class MemoryStore:
                 case State.RUNNING:  # pragma: no branch - there is no other state
                     return self._take_over(row, request, now)
 
+    async def claim_batch(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
+        """Claim all these records; None for those that are released, dead or over, as in a database."""
+        return [await self.claim(request) if self._is_usual(request) else None for request in requests]
+
+    def _is_usual(self, request: ClaimRequest) -> bool:
+        with self._lock:
+            row, now = self._rows.get((request.scope, request.key)), self._clock()
+            if row is None or row.owner == request.owner:
+                return True
+            is_dead = row.state is State.RUNNING and not row.is_held(now)
+            return not (is_dead or row.state is State.RELEASED or row.retention_is_over(now))
+
     def _take_over(self, row: _Row, request: ClaimRequest, now: float) -> ClaimAnswer:
         """The holder's lease ran out: it crashed, as far as anybody can know.
 
@@ -363,6 +375,11 @@ class MemoryStore:
                 if row.state is outcome.state:
                     return Recorded()
             return row.as_finished(now) if row.state in _ENDED else Lost()
+
+    async def finish_batch(self, finished: Sequence[tuple[Lease, EncodedOutcome]]) -> list[Recorded | None]:
+        """Record these outcomes, each under its lease's fence; None for one whose fence missed."""
+        answers = [await self.finish(lease, outcome) for lease, outcome in finished]
+        return [answer if isinstance(answer, Recorded) else None for answer in answers]
 
     async def keep_pending(self, lease: Lease, outcome: EncodedOutcome) -> bool:
         """Return False: memory that cannot be reached has no second place."""
