@@ -498,6 +498,11 @@ class BatchStore(Protocol):
         ...
 
 
+def batch_store_of(store: Any) -> BatchStore | None:
+    """Return the store as one that claims and finishes many at once, or None: stores need not do that."""
+    return cast(BatchStore, store) if hasattr(store, "claim_batch") else None
+
+
 class BatchMarker(Protocol):
     """A marker tier that does the same for many keys in one round trip (in a cluster, one for each node)."""
 
