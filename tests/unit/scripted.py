@@ -254,7 +254,7 @@ def world_on(monkeypatch: pytest.MonkeyPatch, runtime: RuntimeName, tiers: int) 
     """Make a world whose waiting moves its clocks, and whose heartbeat beats when the test says so."""
     with Driver(runtime) as driver:
         world = World(runtime, driver, tiers)
-        for module in ("task", "steps", "asking", "heartbeat", "claims"):
+        for module in ("batch", "task", "steps", "asking", "heartbeat", "claims"):
             monkeypatch.setattr(f"idem_tasks.{module}.deadline_clock", world.local)
 
         async def sleep(_: object, seconds: float) -> None:
