@@ -467,7 +467,9 @@ def test_steps_are_those_of_one_message(world: World) -> None:
     fails = {"B": ValueError("no")}
 
     def ship(messages: list[Message]) -> list[Any]:
-        done = [claim.step("ship", lambda key: world.effects.append(key) or key, claim.key) for claim in current_claims()]
+        done = [
+            claim.step("ship", lambda key: world.effects.append(key) or key, claim.key) for claim in current_claims()
+        ]
         return [fails.pop(key, key) for key in done]
 
     task = batch_of(world, ship)
@@ -821,7 +823,9 @@ def test_batch_error_survives_pickle(shop: World) -> None:
 def test_a_recorded_failure_met_by_a_batch_is_replayed_alone(shop: World) -> None:
     """A record that failed for good raises in its message's place only."""
     lease = shop.claim_elsewhere("B")
-    run_sync(shop.real.finish(lease, EncodedOutcome(State.FAILED, error_type="builtins.ValueError", error_message="no")))
+    run_sync(
+        shop.real.finish(lease, EncodedOutcome(State.FAILED, error_type="builtins.ValueError", error_message="no"))
+    )
     error = failing(shipping(shop, fingerprint=None), messages("A", "B"))
     assert kinds(error) == ["shipped A", "ReplayedFailureError"]
 
