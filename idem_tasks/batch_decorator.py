@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Never, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 from idem_tasks import hosts
-from idem_tasks.batch import Batch, members_of, message_plan, perform_batch, refuse_waiting
+from idem_tasks.batch import perform_batch
+from idem_tasks.batch_members import Batch, members_of, message_plan, refuse_waiting
 from idem_tasks.decorator import IdempotentFunction, runtime_of, wrapped
 from idem_tasks.errors import ConfigurationError
 from idem_tasks.keys import scope_of

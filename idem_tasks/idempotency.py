@@ -15,7 +15,8 @@ from typing import Any, Self, TypeVar, Unpack
 
 from idem_tasks import config
 from idem_tasks.asking import failure_of
-from idem_tasks.batch import Batch, members_of, message_plan, perform_batch, refuse_waiting
+from idem_tasks.batch import perform_batch
+from idem_tasks.batch_members import Batch, members_of, message_plan, refuse_waiting
 from idem_tasks.block import AsyncClaimBlock, ClaimBlock
 from idem_tasks.call import Call, Services
 from idem_tasks.claims import (

@@ -8,48 +8,38 @@ from typing import Any
 
 from idem_tasks import MemoryStore
 from idem_tasks.batch_decorator import idempotent_batch
-from idem_tasks.claims import ClaimAnswer, ClaimRequest, EncodedOutcome, Lease, Recorded, State
+from idem_tasks.claims import ClaimAnswer, ClaimRequest, EncodedOutcome, Lease, Recorded
 from tests.unit.scripted import LEASE, SCOPE, World
 
 Message = dict[str, Any]
 
 
-class BatchMemory(MemoryStore):
-    """What a store with the verbs of many answers: the usual cases at once, None for all others."""
+class OrderedMemory(MemoryStore):
+    """Expects of every batch what is promised to a store: sorted in bytes, and nothing twice (F66)."""
 
     async def claim_batch(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
         in_order([(request.scope, request.key) for request in requests])
-        return [await self._usual(request) for request in requests]
-
-    async def _usual(self, request: ClaimRequest) -> ClaimAnswer | None:
-        found, now = await self.get(request.scope, request.key), self._clock()
-        if found is not None and found.owner != request.owner:
-            over = now > found.expires_at.timestamp()
-            dead = found.state is State.RUNNING and now > found.lease_expires_at.timestamp()
-            if over or dead or found.state is State.RELEASED:
-                return None
-        return await self.claim(request)
+        return await super().claim_batch(requests)
 
     async def finish_batch(self, finished: Sequence[tuple[Lease, EncodedOutcome]]) -> list[Recorded | None]:
         in_order([(lease.scope, lease.key) for lease, _ in finished])
-        answers = []
-        for lease, outcome in finished:
-            assert not outcome.messages
-            record = await self.get(lease.scope, lease.key)
-            fenced = record is not None and (record.owner, record.fencing_token) == (lease.owner, lease.fencing_token)
-            answer = await self.finish(lease, outcome) if fenced else None
-            answers.append(answer if isinstance(answer, Recorded) else None)
-        return answers
+        assert not any(outcome.messages for _, outcome in finished)
+        return await super().finish_batch(finished)
 
 
 def in_order(places: list[tuple[str, str]]) -> None:
-    """Expect what every batch promises to a store: sorted in bytes, and none twice (F66)."""
     assert places == sorted(set(places), key=lambda place: (place[0].encode(), place[1].encode()))
 
 
 def batching(world: World) -> World:
     """Let the world's records be claimed and finished together."""
-    world.record_tier.real = BatchMemory(world.clock)
+    world.record_tier.real = OrderedMemory(world.clock)
+    return world
+
+
+def one_at_a_time(world: World) -> World:
+    """Let the world's records be claimed and finished by themselves."""
+    world.record_tier.lacking = {"claim_batch", "finish_batch"}
     return world
 
 

@@ -49,6 +49,8 @@ class Scripted:
         self.real = real
         self.verbs: list[str] = []
         self.wandering = False
+        self.lacking: set[str] = set()
+        """Verbs that this store need not have, and has not."""
         self._plans: dict[tuple[str, str], list[Action]] = defaultdict(list)
         self._always: dict[tuple[str, str], Action] = {}
 
@@ -81,6 +83,8 @@ class Scripted:
         return self.real.outbox
 
     def __getattr__(self, verb: str) -> Any:
+        if verb in self.lacking:
+            raise AttributeError(verb)
         method = getattr(self.real, verb)
 
         async def scripted(*args: Any, **kwargs: Any) -> Any:
