@@ -268,7 +268,7 @@ def test_a_dict_is_matched_by_key(shop: World) -> None:
 
 def test_what_a_dict_has_nothing_for_fails_alone(shop: World) -> None:
     """A message without an outcome in the dict is released, and says so."""
-    error = failing(batch_of(shop, lambda messages: {"A": "done"}), messages("A", "B"))
+    error = failing(batch_of(shop, lambda _messages: {"A": "done"}), messages("A", "B"))
     assert kinds(error) == ["done", "ConfigurationError"]
     assert "no outcome for shop.charge 'B'" in str(error.results[1])
     assert [shop.state(key) for key in "AB"] == [State.COMPLETED, State.RELEASED]
@@ -277,22 +277,22 @@ def test_what_a_dict_has_nothing_for_fails_alone(shop: World) -> None:
 def test_what_a_dict_has_too_much_is_an_error_after_all_is_recorded(shop: World) -> None:
     """Outcomes for messages that the handler was not given are not dropped in silence; the others are recorded."""
     returned = {"A": "done", "B": "done", "Z": "done", None: "?", (1,): "?"}
-    error = failing(batch_of(shop, lambda messages: returned), messages("A", "B"))
+    error = failing(batch_of(shop, lambda _messages: returned), messages("A", "B"))
     assert error.results == ["done", "done"]
     assert "'Z', '<NoneType>', '<tuple>'" in str(error)
     assert [shop.state(key) for key in "AB"] == [State.COMPLETED, State.COMPLETED]
-    assert batch_of(shop, lambda messages: returned)(messages("A", "B")) == ["done", "done"]
+    assert batch_of(shop, lambda _messages: returned)(messages("A", "B")) == ["done", "done"]
 
 
 def test_one_key_twice_in_a_dict_is_one_too_many(shop: World) -> None:
     """12 and "12" in one dict: the first counts, and the second is an error."""
-    error = failing(batch_of(shop, lambda messages: {12: "first", "12": "second"}), [{"id": 12}])
+    error = failing(batch_of(shop, lambda _messages: {12: "first", "12": "second"}), [{"id": 12}])
     assert error.results == ["first"]
 
 
 def test_a_dict_does_not_tell_two_scopes(shop: World) -> None:
     """Messages with one key in two scopes need a list."""
-    task = batch_of(shop, lambda messages: {"A": "done"}, scope="shop/{message[kind]}")
+    task = batch_of(shop, lambda _messages: {"A": "done"}, scope="shop/{message[kind]}")
     error = failing(task, [{"id": "A", "kind": "x"}, {"id": "A", "kind": "y"}])
     assert kinds(error) == ["ConfigurationError", "ConfigurationError"]
 
@@ -307,7 +307,7 @@ class Broken(dict[str, str]):
 @pytest.mark.parametrize("returned", [None, [], ["one"], "AB", {"A", "B"}, iter(["a", "b"]), Broken()])
 def test_what_says_nothing_fails_them_all(shop: World, returned: Any) -> None:
     """A list of another length, or no list, tells of no message what became of it: none is recorded."""
-    error = failing(batch_of(shop, lambda messages: returned), messages("A", "B"))
+    error = failing(batch_of(shop, lambda _messages: returned), messages("A", "B"))
     expected = "RuntimeError" if isinstance(returned, Broken) else "ConfigurationError"
     assert kinds(error) == [expected, expected]
     assert [shop.state(key) for key in "AB"] == [State.RELEASED, State.RELEASED]
@@ -477,9 +477,8 @@ def test_steps_are_those_of_one_message(world: World) -> None:
         return key
 
     def ship(messages: list[Message]) -> list[Any]:
-        done = [
-            claim.step("ship", lambda key: world.effects.append(key) or key, claim.key) for claim in current_claims()
-        ]
+        assert len(messages) == len(current_claims())
+        done = [claim.step("ship", effect, claim.key) for claim in current_claims()]
         return [fails.pop(key, key) for key in done]
 
     task = batch_of(world, ship)
@@ -717,12 +716,12 @@ def test_what_strikes_a_key_callable_is_no_missing_key(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("handler", "said"),
+    "handler, said",
     [
         (lambda: None, "takes one list of messages"),
-        (lambda messages, other: None, "takes one list of messages"),
-        (lambda *messages: None, "takes one list of messages"),
-        (lambda self: None, None),
+        (lambda _messages, _other: None, "takes one list of messages"),
+        (lambda *_messages: None, "takes one list of messages"),
+        (lambda _messages: None, None),
         ("text", "decorates functions"),
     ],
 )
@@ -737,7 +736,7 @@ def test_a_handler_takes_one_list(handler: Any, said: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    "options, said",
     [
         ({"key": "constant"}, "names no parameter"),
         ({"key": "{order}"}, "not a parameter"),

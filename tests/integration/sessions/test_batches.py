@@ -141,7 +141,7 @@ def test_a_handler_that_raises_writes_nothing(seller: Seller) -> None:
 
 
 def test_one_that_was_taken_over_keeps_the_others(seller: Seller) -> None:
-    """One claim lost in mid-run: nothing of that run is committed, the rest runs again, and the other's outcome counts."""
+    """One claim lost in mid-run: nothing of that run is committed, and the rest runs again by itself."""
     runs: list[list[str]] = []
 
     def body(names: list[str], session: Session) -> list[str]:
