@@ -24,10 +24,10 @@ from idem_tasks.batch_session import APART, handler_of_one, in_one_transaction
 from idem_tasks.claims import EncodedOutcome, Finished, Granted, enter, leave
 from idem_tasks.endings import end, give_back, keep_all, never_began
 from idem_tasks.errors import (
-    PUT_BACK,
     BatchError,
     StoreError,
     StoreUnavailableError,
+    comes_again,
 )
 from idem_tasks.events import EventName
 from idem_tasks.replay import DOUBTFUL_SIZE, outcome_of_another, replay
@@ -220,7 +220,7 @@ def is_of_the_messages(batch: Batch, error: BaseException) -> bool:
     """Tell a handler's failure from what struck it, and from its framework's control flow: those go on unchanged."""
     if not isinstance(error, Exception) or is_interruption(error):
         return False
-    return batch.host is None or isinstance(error, PUT_BACK) or batch.host.is_failure(error)
+    return batch.host is None or comes_again(error) or batch.host.is_failure(error)
 
 
 async def fail_all(members: Sequence[Member], error: BaseException) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 from idem_tasks.call import Call, Services
 from idem_tasks.claims import Claim, Finished, InDoubt, InProgress, Parked, State
 from idem_tasks.errors import (
-    PUT_BACK,
     BatchError,
     ConfigurationError,
     DuplicateError,
     FingerprintMismatchError,
     InvalidKeyError,
+    comes_again,
 )
 from idem_tasks.events import EventName
 from idem_tasks.hosts import Host
@@ -95,7 +95,7 @@ class Batch:
     def announce(self, name: EventName, **details: Any) -> None:
         """Tell the observers what happened to the messages that have to come again."""
         for member in self.members:
-            if member.call is not None and isinstance(member.error, PUT_BACK):
+            if member.call is not None and member.error is not None and comes_again(member.error):
                 member.call.announce(name, **details)
 
 

@@ -44,7 +44,6 @@ from idem_tasks.claims import (
 )
 from idem_tasks.endings import give_back, keep_all, lease_lost, never_began, tell
 from idem_tasks.errors import (
-    PUT_BACK,
     ConfigurationError,
     IdemTasksError,
     InDoubtError,
@@ -53,6 +52,7 @@ from idem_tasks.errors import (
     ReplayedFailureError,
     StoreError,
     StoreUnavailableError,
+    comes_again,
 )
 from idem_tasks.events import EventName
 from idem_tasks.outbox import OutgoingMessages
@@ -424,7 +424,7 @@ async def let_go(call: Call, claim: Claim, error: BaseException) -> Ending:
 
 def is_failure(call: Call, error: BaseException) -> bool:
     """Tell a handler's failure from a shutdown, a framework's control flow, and a nested call that was put off."""
-    if not isinstance(error, Exception) or isinstance(error, PUT_BACK):
+    if not isinstance(error, Exception) or comes_again(error):
         return False  # the latter are of a nested call, which asks for another delivery
     return call.host is None or call.host.is_failure(error)
 
