@@ -86,6 +86,7 @@ async def open_all(batch: Batch) -> list[Member]:
             if member.first is not None and member.its_call.policy.shadow:
                 member.its_call.announce(EventName.SHADOW_DUPLICATE, found="same_batch")
                 member.claim = unprotected(member.its_call)
+        return [member for member in batch.members if member.claim is not None and not member.settled]
     except BaseException as struck:
         runtime = batch.services.runtime
         if runtime.can_wait(after=struck):
@@ -93,7 +94,6 @@ async def open_all(batch: Batch) -> list[Member]:
         if batch.host is not None and is_interruption(struck):
             raise never_began(asked[0].its_call, struck) from struck
         raise
-    return [member for member in batch.members if member.claim is not None and not member.settled]
 
 
 async def claim_together(batch: Batch, members: Sequence[Member]) -> None:
@@ -126,7 +126,7 @@ async def open_one(member: Member) -> None:
     """Claim the key of this message, if that is not done yet, or end it by the outcome that there is, or its error."""
     if member.claim is not None or member.settled:
         return
-    before = sys.exception()
+    before, member.asked = sys.exception(), member.told is None
     try:
         opened = await open_claim(member.its_call, member.told)
         if isinstance(opened, Finished):
@@ -137,6 +137,7 @@ async def open_one(member: Member) -> None:
         if interruption_in(error, before) is not None:
             raise
         member.fail(error)
+    member.asked = False
 
 
 def fail_the_rest(members: Sequence[Member], error: StoreUnavailableError) -> None:
@@ -164,8 +165,8 @@ async def give_back_all(members: Sequence[Member]) -> None:
 async def run_together(batch: Batch, new: Sequence[Member]) -> None:
     """Run the handler for these messages, and end each of them as it says."""
     runtime = batch.services.runtime
-    enter(claims_of(new))
     try:
+        enter(claims_of(new))
         if batch.session is None:
             returned = await runtime.invoke(batch.handler, (*batch.leading, [member.message for member in new]), {})
         else:
@@ -176,7 +177,7 @@ async def run_together(batch: Batch, new: Sequence[Member]) -> None:
             await runtime.shield(lambda: fail_all(new, error))
         if not is_of_the_messages(batch, error):
             raise
-        if any(member.error is error for member in new):
+        if error in [member.error for member in new]:
             raise BatchError(results=results_of(batch), errors=errors_of(batch)) from error
     else:
         if returned is APART:

@@ -151,7 +151,7 @@ def members_of(messages: Iterable[Any], call_of: Callable[[Any], Call]) -> list[
 
 def claims_of(members: Sequence[Member]) -> tuple[Claim, ...]:
     """Return the claims of these messages, for their handler."""
-    return tuple(member.its_claim for member in members)
+    return tuple([member.its_claim for member in members])
 
 
 # What the handler returned

@@ -64,7 +64,7 @@ async def run_unfenced(batch: Batch, new: Sequence[Member]) -> Any:
     try:
         await transaction.begin()
         returned = await call_handler(batch, new, transaction)
-        if not any(isinstance(outcome, BaseException) for outcome in outcomes_in(new, returned)[0]):
+        if not has_failed(outcomes_in(new, returned)[0]):
             committed = await runtime.shield(lambda: transaction.commit(EncodedOutcome()))
         return returned if committed else APART
     finally:
@@ -86,7 +86,7 @@ async def run_once(batch: Batch, new: Sequence[Member], placed: Sequence[Member]
         returned = await call_handler(batch, new, transaction)
         is_here = new[0].its_claim.is_here
         outcomes, batch.surplus = outcomes_in(new, returned)
-        if any(isinstance(outcome, BaseException) for outcome in outcomes):
+        if has_failed(outcomes):
             await runtime.shield(lambda: undo(batch, new, transaction))
             return APART
         for member, outcome in zip(new, outcomes, strict=True):
@@ -140,7 +140,7 @@ async def begin(batch: Batch, placed: Sequence[Member], transaction: BatchTransa
             raise never_began(placed[0].its_call, error) from error
         raise
     note(placed, answers)
-    return all(answer is None for answer in answers)
+    return answers == [None] * len(answers)
 
 
 async def end_before_it_began(
@@ -236,12 +236,17 @@ def note(placed: Sequence[Member], answers: Sequence[Answer]) -> None:
 
 def are_recorded(answers: Sequence[object]) -> bool:
     """Tell whether all is committed."""
-    return all(isinstance(answer, Recorded) for answer in answers)
+    return not [answer for answer in answers if not isinstance(answer, Recorded)]
 
 
 def are_ended(members: Sequence[Member]) -> bool:
     """Tell whether nothing is to be rolled back any more."""
-    return all(member.its_claim.ending is not None for member in members)
+    return None not in [member.its_claim.ending for member in members]
+
+
+def has_failed(outcomes: Sequence[Any]) -> bool:
+    """Tell whether one of these is an exception."""
+    return [outcome for outcome in outcomes if isinstance(outcome, BaseException)] != []
 
 
 def handler_of_one(batch: Batch, member: Member) -> Callable[..., Any]:
