@@ -156,8 +156,8 @@ def _pending(owner: str) -> bytes:
 
 
 def _taken_value(request: ClaimRequest) -> bytes:
-    """Return the marker that this very take sets; nothing stands for one that nobody heard of."""
-    return b"" if request.take is None else _running(request.owner) + b"%d" % request.take
+    """Return the marker that this very take sets; without a number it stands for one that nobody heard of."""
+    return _running(request.owner) + (b"" if request.take is None else b"%d" % request.take)
 
 
 def _put_back_value(owner: str) -> bytes:
@@ -298,8 +298,6 @@ def _published_by(request: ClaimRequest, finished: Finished, ttl: float) -> tupl
     )
     return (
         _taken_value(request),
-        _running(request.owner),
-        _pending(request.owner),
         b"finished:" + _encode(value),
         milliseconds(ttl),
     )

@@ -464,7 +464,7 @@ async def _evaluated_over(client: _Client, text: str, calls: Sequence[tuple[byte
         commands = [("EVAL", text, b"1", key, *map(_packable, arguments)) for key, arguments in calls]
         return [reply for (reply,) in await _pipelined(client.redis, commands)]
     keys = [key for key, _ in calls]
-    arguments = [_packable(argument) for _, each in calls for argument in each]
+    arguments = [each if type(each) is bytes else _packable(each) for _, some in calls for each in some]
     replies: list[Any] = await resolve(client.redis.execute_command("EVAL", text, b"%d" % len(keys), *keys, *arguments))
     return replies
 

@@ -21,9 +21,11 @@ from sqlalchemy import (
     and_,
     bindparam,
     cast,
+    collate,
     column,
     func,
     literal_column,
+    null,
     select,
     true,
     union_all,
@@ -71,7 +73,7 @@ class BatchStatements:
         self._kind = sql.kind
         self._table = sql.table
         self._columns = sql.table.c
-        self._found = (self._columns.scope, self._columns.key, *sql.answer)
+        self._found = (self._columns.scope, self._columns.key, *sql.known)
         self.read = self._reading()
         """The records at these places, as claims see them."""
         self.read_settled = self.read if sql.kind == "sqlite" else self.read.with_for_update(of=self._table)
@@ -79,7 +81,7 @@ class BatchStatements:
         self.claim = self._claiming()
         """Inserts running records where there are none, and returns those there are now.
 
-        MySQL only inserts; SQLite returns what it inserted.
+        MySQL only inserts; SQLite returns what it inserted; PostgreSQL only the fencing token of that.
         """
         self.begin = self._beginning()
         """Returns the owner of each record that is seen under its fence; on SQLite it takes the write lock for it."""
@@ -112,19 +114,20 @@ class BatchStatements:
         seen = select(*members.all, *self._found).select_from(members.rows)
         seen_cte = seen.outerjoin(self._table, members.at_place(c)).cte("seen")
         first = self._sql.first(partial(_column_of, seen_cte))
-        # In the order of their keys, in which everybody inserts and locks them (F66).
-        new = select(*first.values()).where(seen_cte.c.state.is_(None)).order_by(*(first[n] for n in ("scope", "key")))
+        # In the order of their keys in bytes, in which everybody inserts and locks them (F66).
+        in_order = [collate(first[name], "C") for name in ("scope", "key")]
+        new = select(*first.values()).where(seen_cte.c.state.is_(None)).order_by(*in_order)
         claim = (
             postgresql.insert(self._table)
             .from_select(list(first), new)
             .on_conflict_do_nothing()
-            .returning(*self._found)
+            .returning(c.scope, c.key, c.fencing_token)
             .cte("claim")
         )
         names = [each.name for each in self._found]
         return union_all(
             select(*(seen_cte.c[name] for name in names)).where(seen_cte.c.state.is_not(None)),
-            select(*(claim.c[name] for name in names)),
+            select(*(claim.c[name] if name in claim.c else null() for name in names)),
         )
 
     def _at_fence(self, members: _Members) -> ColumnElement[bool]:
@@ -141,18 +144,8 @@ class BatchStatements:
         c = self._columns
         ended = self._sql.ended(members.given)
         if self._kind == "postgresql":
-            # Locked in the order of their keys, whatever the plan of the update is (F66).
-            locked = (
-                select(*members.all)
-                .select_from(members.rows)
-                .join(self._table, self._at_fence(members))
-                .order_by(c.scope, c.key)
-                .with_for_update(of=self._table)
-                .cte("locked")
-            )
-            ended = self._sql.ended(partial(_column_of, locked))
-            at_place = and_(c.scope == locked.c.at_scope, c.key == locked.c.at_key)
-            return update(self._table).where(at_place).values(ended).returning(c.owner)
+            # Only what obeys these leases is locked, and that nobody else finishes: no order is needed.
+            return update(self._table).where(self._at_fence(members)).values(ended).returning(c.owner)
         # An outer join begins with the members, in their order, which is that of their keys (F66). It writes no row
         # for one whose fence missed.
         joined = members.rows.join(self._table, self._at_fence(members), isouter=True)

@@ -7,13 +7,13 @@ is left to a verb of its own, by the answer None.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection
 
-from idem_tasks.claims import ClaimAnswer, ClaimRequest, EncodedOutcome, Finished, Lease, Lost, Recorded
+from idem_tasks.claims import ClaimAnswer, ClaimRequest, EncodedOutcome, Finished, Granted, Lease, Lost, Recorded
 from idem_tasks.stores.sql_claims import (
     fence,
     finishing,
@@ -54,12 +54,15 @@ def claim(sql: Statements, connection: Connection, requests: Sequence[ClaimReque
     missing = [(request.scope, request.key) for request in requests if (request.scope, request.key) not in found]
     if missing and sql.kind != "postgresql":
         found |= _read(sql, connection, missing)
-    return [_answer(request, found) for request in requests]
+    return [_answer(request, found.get((request.scope, request.key))) for request in requests]
 
 
-def _answer(request: ClaimRequest, found: Mapping[Place, AnyRow]) -> ClaimAnswer | None:
-    row = found.get((request.scope, request.key))
-    return None if row is None else known_answer(request, row)
+def _answer(request: ClaimRequest, row: AnyRow | None) -> ClaimAnswer | None:
+    if row is None:
+        return None
+    if row.state is None:  # just inserted, on PostgreSQL
+        return Granted(Lease(request, row.fencing_token))
+    return known_answer(request, row)
 
 
 def finish(sql: Statements, connection: Connection, finished: Sequence[Finish]) -> list[Recorded | None]:
@@ -142,15 +145,14 @@ def _read(sql: Statements, connection: Connection, places: Sequence[Place]) -> d
 
 
 def _by_place(rows: Any) -> dict[Place, AnyRow]:
-    return {(row.scope, row.key): row for row in rows}
+    return {(row[0], row[1]): row for row in rows}
 
 
 def _members(connection: Connection, values: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the parameter that stands for these parameters of many records."""
-    for each in values:
-        for name in _SECONDS:
-            if name in each:
-                each[name] = _duration(each[name], connection.dialect)
+    if connection.dialect.name != "postgresql":  # which takes seconds as they are
+        for each in values:
+            each |= {name: _duration(each[name], connection.dialect) for name in _SECONDS if name in each}
     return {"members": _json(values).decode()}
 
 

@@ -113,7 +113,7 @@ class Statements:
 
     def _make_claim(self) -> None:
         c = self._columns
-        self.answer = answer = (
+        self.known = (
             c.state,
             c.fencing_token,
             c.owner,
@@ -130,9 +130,9 @@ class Statements:
             c.traceparent,
             seconds_until(c.lease_expires_at).label("lease_left"),
             seconds_until(c.expires_at).label("retention_left"),
-            clock_microseconds().label("clock"),
         )
-        """What a claim wants to know of a record."""
+        """What a claim has to know of a record to be answered."""
+        answer = (*self.known, clock_microseconds().label("clock"))
         self.read = select(*answer).where(self.at_place)
         """The record as a claim sees it."""
         granted = self._granted(self._given)

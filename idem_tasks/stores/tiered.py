@@ -484,7 +484,8 @@ def _known(answer: MarkerAnswer | None) -> ClaimAnswer | None:
 def _recorded(lease: Lease, outcome: EncodedOutcome) -> Finished:
     """Return our own outcome as a duplicate is told of it."""
     return Finished(
-        outcome=replace(outcome, messages=()),  # they are in the outbox: a duplicate sends none
+        # Its messages are in the outbox: a duplicate sends none.
+        outcome=replace(outcome, messages=()) if outcome.messages else outcome,
         fingerprint=lease.request.fingerprint,
         expires_in=lease.policy.retention,
         fencing_token=lease.fencing_token,

@@ -172,7 +172,7 @@ class BatchInUse:
         """
         one_by_one, at_once = self.met(situations, "one-by-one-"), self.met(situations, "at-once-")
         if _PASSING.intersection(situations):
-            self.use.driver.pause(SHORT + 0.1)
+            self.use.driver.pause(2 * SHORT + 0.2)  # longer than a lease, and than max_hold and retention
         expected = [self.use.claim(request) for request in one_by_one]
         answers = self.claim(at_once)
         for name, request, answer, wanted in zip(situations, at_once, answers, expected, strict=True):

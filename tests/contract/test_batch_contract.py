@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
-from idem_tasks.runtime import run_sync
 from idem_tasks.stores.base import Marker
 from idem_tasks.stores.memory_marker import MemoryMarker
 from idem_tasks.stores.redis import RedisStore
 from idem_tasks.testing import BatchContract, BatchMarkerContract, ManualClock
 from idem_tasks.testing.batch_contract import SITUATIONS, BatchInUse
-from idem_tasks.testing.driver import PATIENCE, Driver
+from idem_tasks.testing.driver import PATIENCE
 from idem_tasks.testing.store_in_use import StoreInUse
 from tests.contract.stores import (
     InMemory,
@@ -38,13 +36,13 @@ class AnyBatch(BatchContract):
         """Any number of records, in any situations and any order."""
 
         @settings(
-            max_examples=10,
+            max_examples=6,
             derandomize=True,
             database=None,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.generate],
         )
-        @given(st.lists(st.sampled_from(list(SITUATIONS)), max_size=12))
+        @given(st.lists(st.sampled_from(list(SITUATIONS)), max_size=20))
         def law(situations: list[str]) -> None:
             BatchInUse(in_new_scope(use)).answered_alike(situations)
 
