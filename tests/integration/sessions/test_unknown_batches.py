@@ -111,7 +111,7 @@ def test_one_that_was_lost_before_the_handler_began(seller: Seller) -> None:
     def lose(event: Event) -> None:
         if event.name is EventName.GRANTED and event.key == "C":
             with seller.engine.begin() as connection:
-                connection.execute(delete(records_table()).where(records_table().c.key == b"B"))
+                connection.execute(delete(records_table()).where(records_table().c.key == "B"))
 
     seller.idem._announce._observers += (lose,)
     error = failing(batch_of(seller, body), ["A", "B", "C"])
