@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 
 from idem_tasks.decorator import IdempotentFunction, idempotency_of, idempotent_task
 from idem_tasks.errors import (
-    PUT_BACK,
     ConfigurationError,
     DuplicateError,
     FingerprintMismatchError,
@@ -24,6 +23,7 @@ from idem_tasks.errors import (
     OutcomeError,
     ParkedError,
     ReplayedFailureError,
+    comes_again,
 )
 from idem_tasks.events import EventName
 from idem_tasks.stores.base import RuntimeName
@@ -125,7 +125,7 @@ class MessageHandler:
     def _settlement(self, error: BaseException | None, count: int, origin: str) -> Settlement:
         if error is None or isinstance(error, DuplicateError | OutcomeError):
             return Acknowledge()  # the handler ran, now or before; its value is nothing that a consumer passes on
-        if isinstance(error, PUT_BACK) or not isinstance(error, Exception):
+        if comes_again(error) or not isinstance(error, Exception):
             return self._later(error, count)  # F31, F59; and a shutdown or a cancellation
         if self._is_final(error):
             return _dead_letter("failed", error, origin)

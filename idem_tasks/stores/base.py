@@ -503,6 +503,11 @@ class BatchStore(Protocol):
         ...
 
 
+def batch_store_of(store: Any) -> BatchStore | None:
+    """Return the store as one that claims and finishes many at once, or None: stores need not do that."""
+    return cast(BatchStore, store) if hasattr(store, "claim_batch") else None
+
+
 class BatchTransaction(UserTransaction, Protocol):
     """A user's session in which one handler writes for many claims: all is committed together, or nothing.
 
