@@ -11,28 +11,31 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 from weakref import WeakKeyDictionary
 
 from aio_pika.abc import AbstractIncomingMessage
 from aiormq.abc import AbstractChannel, AbstractConnection
-from aiormq.exceptions import PublishError
+from aiormq.exceptions import ChannelInvalidStateError, PublishError
 from pamqp.commands import Basic
 
 from idem_tasks.integrations.rabbitmq_copies import (
     CONFIRM_TIMEOUT,
     CONSUMER_TIMEOUT,
-    PAUSE_BEFORE_NACK,
+    PAUSE_AFTER_REFUSAL,
+    WITHOUT_ID_HEADER,
     Copy,
     Roads,
 )
 from idem_tasks.integrations.settling import (
     LONGEST_DELAY,
     Acknowledge,
+    DeadLetter,
     MessageHandler,
     OnError,
     PutBack,
+    Settlement,
     times_put_back,
 )
 from idem_tasks.policy import Policy, PolicyFields
@@ -40,7 +43,20 @@ from idem_tasks.policy import Policy, PolicyFields
 if TYPE_CHECKING:
     from idem_tasks.idempotency import Idempotency
 
-Callback = Callable[[AbstractIncomingMessage], Awaitable[None]]
+
+class Callback(Protocol):
+    """What `queue.consume` takes; it may be given to one connection after another."""
+
+    async def __call__(self, message: AbstractIncomingMessage) -> None:
+        """Run the handler, and settle its message."""
+
+    async def close(self) -> None:
+        """Begin no more handlers, and return once the running ones have ended and their messages are settled.
+
+        Call it before the connection is closed, which would cancel them. Messages that are held, or whose handler has
+        not begun, go back to the queue when their channel is closed.
+        """
+
 
 _PERSISTENT = 2
 
@@ -108,7 +124,9 @@ def idempotent_callback(
         async def callback(message: AbstractIncomingMessage) -> None:
             await consumer.consume(message)
 
-        return callback
+        closing: Any = callback  # a function: aio-pika awaits nothing else
+        closing.close = consumer.close
+        return cast(Callback, closing)
 
     return decorate
 
@@ -119,10 +137,58 @@ class _Consumer:
     def __init__(self, handler: MessageHandler, roads: Roads) -> None:
         self._handler = handler
         self._roads = roads
+        self._closed = False
+        self._busy = 0
+        self._at_rest = asyncio.Event()
         self._publishers: WeakKeyDictionary[AbstractConnection, _Publisher] = WeakKeyDictionary()
 
     async def consume(self, message: AbstractIncomingMessage) -> None:
         properties = copy.deepcopy(message.properties)  # whatever the handler does to them (F18)
+        count = times_put_back(properties.headers)
+        while not self._closed:
+            with self._working():
+                settlement = await self._handle(message, count)
+                if isinstance(settlement, Acknowledge):
+                    await self._acknowledge(message)
+                    return
+            if isinstance(settlement, PutBack):
+                await asyncio.sleep(settlement.delay)
+            try:
+                connection = message.channel.connection
+            except ChannelInvalidStateError:
+                return  # the broker has the message again already
+            with self._working():
+                if await self._published(connection, message.body, properties, settlement):
+                    await self._acknowledge(message)
+                    return
+            await asyncio.sleep(PAUSE_AFTER_REFUSAL)
+            count += 1
+
+    async def close(self) -> None:
+        self._closed = True
+        while self._busy:
+            self._at_rest.clear()
+            await self._at_rest.wait()
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            if not self._busy:
+                self._at_rest.set()
+
+    async def _acknowledge(self, message: AbstractIncomingMessage) -> None:
+        try:
+            await message.ack()
+        except Exception as error:  # noqa: BLE001 - its connection was cut, however that shows
+            _logger.warning(
+                "a message of %s could not be acknowledged, and is delivered again: %r", self._roads.queue, error
+            )
+
+    async def _handle(self, message: AbstractIncomingMessage, count: int) -> Settlement:
         raised: BaseException | None = None
         try:
             await self._handler.function(message)
@@ -133,51 +199,34 @@ class _Consumer:
             if task is None or task.cancelling():
                 raise  # unacknowledged, it comes again
             raised = error  # of something that the handler awaited
-        settlement = self._handler.settle(
-            raised, times_put_back(properties.headers), self._roads.queue, (message,), {}, hold_limit=CONSUMER_TIMEOUT
-        )
-        if isinstance(settlement, Acknowledge):
-            await self._acknowledge(message)
-            return
-        if isinstance(settlement, PutBack):
-            await asyncio.sleep(settlement.delay)
-        await self._publish(message, properties, self._roads.copy(settlement, properties.headers))
+        return self._handler.settle(raised, count, self._roads.queue, (message,), {}, hold_limit=CONSUMER_TIMEOUT)
 
-    async def _publish(self, message: AbstractIncomingMessage, properties: Basic.Properties, made: Copy) -> None:
-        """Publish the copy, and acknowledge the message once the broker has it."""
+    async def _published(
+        self,
+        connection: AbstractConnection,
+        body: bytes,
+        properties: Basic.Properties,
+        settlement: PutBack | DeadLetter,
+    ) -> bool:
+        """Publish the message once more; False if the broker may not have the copy."""
+        made, properties = self._roads.copy(settlement, properties.headers), copy.copy(properties)
         properties.headers, properties.delivery_mode = made.headers, _PERSISTENT
+        if not properties.message_id:  # aiormq gives one to what it publishes, another each time
+            properties.headers[WITHOUT_ID_HEADER] = True
         if not made.expires:
             properties.expiration = None
         try:
-            connection = message.channel.connection
-            await self._publisher(connection).publish(connection, made, properties, message.body)
+            await self._publisher(connection).publish(connection, made, properties, body)
         except Exception as error:  # noqa: BLE001 - whatever it is, the message must stay
             _logger.error("a message of %s could not be published again: %r", self._roads.queue, error)  # noqa: TRY400 - where it stands says nothing
-            await asyncio.sleep(PAUSE_BEFORE_NACK)
-            await self._return(message)
-        else:
-            await self._acknowledge(message)
+            return False
+        return True
 
     def _publisher(self, connection: AbstractConnection) -> _Publisher:
         found = self._publishers.get(connection)
         if found is None:
             found = self._publishers[connection] = _Publisher()
         return found
-
-    async def _acknowledge(self, message: AbstractIncomingMessage) -> None:
-        try:
-            await message.ack()
-        except Exception as error:  # noqa: BLE001 - its connection was cut, however that shows
-            self._warn("could not be acknowledged", error)
-
-    async def _return(self, message: AbstractIncomingMessage) -> None:
-        try:
-            await message.nack(requeue=True)
-        except Exception as error:  # noqa: BLE001 - its connection was cut, however that shows
-            self._warn("could not be returned", error)
-
-    def _warn(self, what: str, error: Exception) -> None:
-        _logger.warning("a message of %s %s, and is delivered again: %r", self._roads.queue, what, error)
 
 
 class _Publisher:
@@ -195,22 +244,22 @@ class _Publisher:
         self, connection: AbstractConnection, made: Copy, properties: Basic.Properties, body: bytes
     ) -> None:
         """Return once the broker has it in a queue; raise what aiormq raises, or `TimeoutError`."""
-        async with self._one_at_a_time, asyncio.timeout(CONFIRM_TIMEOUT):
-            channel = self._channel
-            if channel is None or channel.is_closed:
-                channel = self._channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+        async with self._one_at_a_time:
             try:
-                await channel.basic_publish(
-                    body,
-                    exchange=made.exchange,
-                    routing_key=made.routing_key,
-                    properties=properties,
-                    mandatory=True,
-                )
+                async with asyncio.timeout(CONFIRM_TIMEOUT):
+                    await self._publish(connection, made, properties, body)
             except PublishError:
                 raise  # returned, and the channel is as good as before
             except BaseException:
                 self._channel = None  # a confirmation may still come, and be taken for the next one's
-                with contextlib.suppress(Exception):
-                    await channel.close()
                 raise
+
+    async def _publish(
+        self, connection: AbstractConnection, made: Copy, properties: Basic.Properties, body: bytes
+    ) -> None:
+        channel = self._channel
+        if channel is None or channel.is_closed:
+            channel = self._channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+        await channel.basic_publish(
+            body, exchange=made.exchange, routing_key=made.routing_key, properties=properties, mandatory=True
+        )

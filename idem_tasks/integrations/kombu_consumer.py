@@ -13,15 +13,16 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-from amqp import Channel, spec
 from kombu import Connection, Producer
 from kombu.message import Message
+from kombu.serialization import loads
 
 from idem_tasks.errors import ConfigurationError
-from idem_tasks.integrations.rabbitmq_copies import CONFIRM_TIMEOUT, CONSUMER_TIMEOUT, PAUSE_BEFORE_NACK, Roads
+from idem_tasks.integrations.rabbitmq_copies import CONFIRM_TIMEOUT, CONSUMER_TIMEOUT, PAUSE_AFTER_REFUSAL, Roads
 from idem_tasks.integrations.settling import (
     LONGEST_DELAY,
     Acknowledge,
@@ -118,6 +119,17 @@ def idempotent_callback(
     return decorate
 
 
+@dataclass(slots=True)
+class _Delivery:
+    """One message as it came, whatever its handler does to it (F18)."""
+
+    message: Message
+    headers: dict[str, Any]
+    properties: dict[str, Any]
+    count: int
+    """How often it was put back, or should have been."""
+
+
 class IdempotentCallback:
     """A callback of one consumer, whose loop calls `on_iteration` too; it may outlive that one's connection."""
 
@@ -140,22 +152,7 @@ class IdempotentCallback:
                 "round, or what is held would stay held; in a ConsumerMixin: on_iteration = callback.on_iteration"
             )
         headers, properties = copy.deepcopy(message.headers), copy.deepcopy(_properties(message))  # F18
-        raised: Exception | None = None
-        try:
-            self.handler.function(body, message)
-        except Exception as error:  # noqa: BLE001 - it is settled
-            raised = error
-        limit = float(getattr(message.channel, "visibility_timeout", CONSUMER_TIMEOUT))
-        settlement = self.handler.settle(
-            raised, times_put_back(headers), self._roads.queue, (body, message), {}, hold_limit=limit
-        )
-        match settlement:
-            case Acknowledge():
-                self._acknowledge(message)
-            case PutBack(delay):
-                self._after(delay, partial(self._publish, message, headers, properties, settlement))
-            case DeadLetter():
-                self._publish(message, headers, properties, settlement)
+        self._handle(body, _Delivery(message, headers, properties, times_put_back(headers)))
 
     def on_iteration(self) -> None:
         """Publish the messages that were held long enough; returns at once if there is none."""
@@ -167,16 +164,33 @@ class IdempotentCallback:
         """Close the connection by which copies are published; the next one opens it again."""
         self._publishers.close()
 
+    def _handle(self, body: Any, delivery: _Delivery) -> None:
+        message, raised = delivery.message, None
+        try:
+            self.handler.function(body, message)
+        except Exception as error:  # noqa: BLE001 - it is settled
+            raised = error
+        limit = float(getattr(message.channel, "visibility_timeout", CONSUMER_TIMEOUT))
+        settlement = self.handler.settle(
+            raised, delivery.count, self._roads.queue, (body, message), {}, hold_limit=limit
+        )
+        match settlement:
+            case Acknowledge():
+                self._acknowledge(message)
+            case PutBack(delay):
+                self._after(delay, partial(self._publish, delivery, settlement))
+            case DeadLetter():
+                self._publish(delivery, settlement)
+
     def _after(self, delay: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._held, (time.monotonic() + delay, next(self._numbers), action))
 
-    def _publish(
-        self, message: Message, headers: dict[str, Any], properties: dict[str, Any], settlement: PutBack | DeadLetter
-    ) -> None:
+    def _publish(self, delivery: _Delivery, settlement: PutBack | DeadLetter) -> None:
         """Publish the message once more, and acknowledge it once the broker has the copy."""
+        message, properties = delivery.message, dict(delivery.properties)
         if not _is_open(message.channel):
             return  # the broker has the message again already, or will have it
-        made = self._roads.copy(settlement, headers)
+        made = self._roads.copy(settlement, delivery.headers)
         compression = made.headers.pop("compression", None)  # the body is not compressed any more
         if not made.expires:
             properties.pop("expiration", None)
@@ -192,7 +206,8 @@ class IdempotentCallback:
             )
         except Exception as error:  # noqa: BLE001 - whatever it is, the message must stay
             _logger.error("a message of %s could not be published again: %r", self._roads.queue, error)  # noqa: TRY400 - where it stands says nothing
-            self._after(PAUSE_BEFORE_NACK, partial(self._return, message))
+            delivery.count += 1
+            self._after(PAUSE_AFTER_REFUSAL, partial(self._again, delivery))
         else:
             self._acknowledge(message)
 
@@ -200,20 +215,15 @@ class IdempotentCallback:
         try:
             message.ack()
         except Exception as error:  # noqa: BLE001 - its connection was cut, however that shows
-            self._warn("could not be acknowledged", error)
+            _logger.warning(
+                "a message of %s could not be acknowledged, and is delivered again: %r", self._roads.queue, error
+            )
 
-    def _return(self, message: Message) -> None:
-        try:
-            if isinstance(message.channel, Channel):
-                # Not rejected: a quorum queue counts that against its delivery limit (F40).
-                message.channel.send_method(spec.Basic.Nack, "Lbb", (message.delivery_tag, False, True))
-            else:
-                message.requeue()
-        except Exception as error:  # noqa: BLE001 - its connection was cut, however that shows
-            self._warn("could not be returned", error)
-
-    def _warn(self, what: str, error: Exception) -> None:
-        _logger.warning("a message of %s %s, and is delivered again: %r", self._roads.queue, what, error)
+    def _again(self, delivery: _Delivery) -> None:
+        message = delivery.message
+        if _is_open(message.channel):
+            # Decoded anew, whatever the handler did to what it was given (F18).
+            self._handle(loads(message.body, message.content_type, message.content_encoding, message.accept), delivery)
 
 
 class _Publishers:
