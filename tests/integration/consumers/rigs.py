@@ -27,7 +27,7 @@ SECONDS = 20.0
 class Rig:
     """`work` is given the body of each message whose handler begins; `handled` are those whose handler has ended."""
 
-    def __init__(self, url: str, queue: str, idem: Idempotency, work: Callable[[str], Any], /, **options: Any) -> None:
+    def __init__(self, url: str, queue: str, idem: Idempotency, work: Callable[..., Any], /, **options: Any) -> None:
         self.url = url
         self.queue = queue
         self.idem = idem
@@ -90,7 +90,7 @@ class PikaRig(Rig):
             @of_pika.idempotent_callback(**options)
             def with_session(channel: Any, method: Any, properties: Any, body: bytes, session: Any) -> str:
                 self.begun.append(body.decode())
-                self.work(body.decode(), session)  # type: ignore[call-arg]
+                self.work(body.decode(), session)
                 return "done"
 
             return with_session
@@ -129,7 +129,7 @@ class AioPikaRig(Rig):
             @of_aio_pika.idempotent_callback(**options)
             async def with_session(message: AbstractIncomingMessage, session: Any) -> str:
                 self.begun.append(message.body.decode())
-                self.work(message.body.decode(), session)  # type: ignore[call-arg]
+                self.work(message.body.decode(), session)
                 return "done"
 
             return with_session
@@ -169,7 +169,7 @@ class KombuRig(Rig):
             @of_kombu.idempotent_callback(**options)
             def with_session(body: str, message: Any, session: Any) -> str:
                 self.begun.append(body)
-                self.work(body, session)  # type: ignore[call-arg]
+                self.work(body, session)
                 return "done"
 
             return with_session
