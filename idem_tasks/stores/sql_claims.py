@@ -38,7 +38,7 @@ from idem_tasks.stores.sql_statements import ENDED, FENCED, PURGEABLE, AnyRow, S
 
 A = TypeVar("A")
 
-_LONGEST_MILLISECONDS = 2**31 - 1
+LONGEST_MILLISECONDS = 2**31 - 1
 """What PostgreSQL takes as a time limit."""
 
 RACES = 3
@@ -248,7 +248,7 @@ def is_seen(sql: Statements, connection: Connection, lease: Lease) -> bool:
     if sql.kind == "sqlite":
         return connection.execute(sql.begin, values).rowcount == 1
     if sql.kind == "postgresql":
-        values["idle_milliseconds"] = str(min(round(lease.policy.max_hold * 1000), _LONGEST_MILLISECONDS))
+        values["idle_milliseconds"] = str(min(round(lease.policy.max_hold * 1000), LONGEST_MILLISECONDS))
     return connection.execute(sql.begin, values).first() is not None
 
 

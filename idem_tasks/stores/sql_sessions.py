@@ -169,26 +169,22 @@ class UnfencedTransaction:
         return done
 
 
-class FencedTransaction(UnfencedTransaction):
-    """A session in which the handler's writes and its outcome are committed together, under the fence of a lease."""
+class GuardedTransaction(UnfencedTransaction):
+    """A session in which the handler's writes are committed together with ours, by us and by nobody else."""
 
     def __init__(
         self,
         sessions: Sessions,
         given: Any,
         *,
-        lease: Lease,
         table: Table,
         address: str,
         statements: Callable[[Connection], Statements],
-        look: Callable[[], Awaitable[Recorded | Finished | Lost | None]],
     ) -> None:
         super().__init__(sessions, given)
-        self._lease = lease
         self._table = table
         self._address = address
         self._statements = statements
-        self._look = look
         self._refused: ConfigurationError | None = None
         self._begun = False
         self._is_sqlite = False
@@ -199,22 +195,12 @@ class FencedTransaction(UnfencedTransaction):
 
     # Begin
 
-    async def begin(self) -> Finished | Lost | None:
-        """Begin, and see to it that the record is there under this claim; tell who has it if it is not."""
-        await super().begin()
-        seen, bound_to = await self._do(self._begin)
-        if seen:
-            return None
-        await self.roll_back(throw_away=False)
-        answer = await self._look()
-        if answer is None:
-            raise ConfigurationError(
-                f"session= is bound to {bound_to}, and the records are in {self._address}: "
-                "they have to be in one database, or they cannot be committed together"
-            )
-        return Lost() if isinstance(answer, Recorded) else answer
+    def _see(self, sql: Statements, connection: Connection) -> bool:
+        """Do what the transaction begins with; False if it does not see there what is ours."""
+        raise NotImplementedError
 
     def _begin(self, session: Session) -> tuple[bool, str]:
+        """Begin; tell whether it sees what is ours, and where it is bound to."""
         if session.in_transaction():
             raise ConfigurationError(
                 "the session has begun a transaction already, so its writes would not be this handler's alone: "
@@ -234,7 +220,7 @@ class FencedTransaction(UnfencedTransaction):
             self._is_sqlite = sql.kind == "sqlite"
             bound_to = _shown(connection)
             with without_parameters():
-                seen = sql_claims.is_seen(sql, connection, self._lease)
+                seen = self._see(sql, connection)
             if self._is_sqlite and seen and not is_in_transaction(connection):
                 raise autocommit()
             self._guard(connection)
@@ -344,14 +330,14 @@ class FencedTransaction(UnfencedTransaction):
 
     # Commit
 
-    async def commit(self, outcome: EncodedOutcome) -> bool:
-        """Write the outcome as the last thing and commit; False, and nothing is committed, if the fence missed."""
+    async def finish(self, write: Callable[[Statements, Connection], bool]) -> bool:
+        """Write what is ours as the last thing and commit; False, and nothing is committed, if that says so."""
         if self._refused is not None:
             raise self._refused
         self.commit_begun = True
-        return await self._do(partial(self._commit, outcome))
+        return await self._do(partial(self._commit, write))
 
-    def _commit(self, outcome: EncodedOutcome, session: Session) -> bool:
+    def _commit(self, write: Callable[[Statements, Connection], bool], session: Session) -> bool:
         before = sys.exception()
         try:
             session.flush()
@@ -359,7 +345,7 @@ class FencedTransaction(UnfencedTransaction):
             refuse_remainder(connection)
             had_error(connection)  # what was before the finish is told by the finish
             with without_parameters():
-                if not sql_claims.write_finish(self._statements(connection), connection, self._lease, outcome):
+                if not write(self._statements(connection), connection):
                     return False
             self.may_be_committed = True
             session.commit()
@@ -383,10 +369,6 @@ class FencedTransaction(UnfencedTransaction):
         if self._begun:
             # In SQLite nothing is ever under way, and a database in memory is gone with its connection.
             await super().roll_back(throw_away=throw_away and not self._is_sqlite)
-
-    async def look(self) -> Recorded | Finished | Lost | None:
-        """Tell, on a connection of the store's own, how this ended; None: nothing is committed, the claim stands."""
-        return await self._look()
 
     async def close(self) -> None:
         """Leave the session as it was found, or end it if it was made here."""
@@ -440,6 +422,51 @@ class FencedTransaction(UnfencedTransaction):
     def _explained(self, error: Exception) -> StoreError | Exception:
         fault = sql_errors.fault_of(error)
         return error if fault is None else sql_errors.error_for(fault, self._address, self._table.fullname)
+
+
+class FencedTransaction(GuardedTransaction):
+    """A session in which the handler's writes and its outcome are committed together, under the fence of a lease."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        given: Any,
+        *,
+        lease: Lease,
+        table: Table,
+        address: str,
+        statements: Callable[[Connection], Statements],
+        look: Callable[[], Awaitable[Recorded | Finished | Lost | None]],
+    ) -> None:
+        super().__init__(sessions, given, table=table, address=address, statements=statements)
+        self._lease = lease
+        self._look = look
+
+    async def begin(self) -> Finished | Lost | None:
+        """Begin, and see to it that the record is there under this claim; tell who has it if it is not."""
+        await super().begin()
+        seen, bound_to = await self._do(self._begin)
+        if seen:
+            return None
+        await self.roll_back(throw_away=False)
+        answer = await self._look()
+        if answer is None:
+            raise ConfigurationError(
+                f"session= is bound to {bound_to}, and the records are in {self._address}: "
+                "they have to be in one database, or they cannot be committed together"
+            )
+        return Lost() if isinstance(answer, Recorded) else answer
+
+    def _see(self, sql: Statements, connection: Connection) -> bool:
+        return sql_claims.is_seen(sql, connection, self._lease)
+
+    async def commit(self, outcome: EncodedOutcome) -> bool:
+        """Write the outcome as the last thing and commit; False, and nothing is committed, if the fence missed."""
+        return await self.finish(lambda sql, connection: sql_claims.write_finish(sql, connection, self._lease, outcome))
+
+    async def look(self) -> Recorded | Finished | Lost | None:
+        """Tell, on a connection of the store's own, how this ended; None: nothing is committed, the claim stands."""
+        return await self._look()
 
 
 def _changed(session: Session) -> set[int]:

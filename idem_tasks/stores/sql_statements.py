@@ -44,9 +44,10 @@ from sqlalchemy.sql.dml import Insert, Update
 from sqlalchemy.types import TypeEngine
 
 from idem_tasks.claims import State
-from idem_tasks.stores.schema import audit_table, outbox_table, records_table, steps_table
+from idem_tasks.stores.schema import audit_table, outbox_table, records_table, steps_table, watermarks_table
 from idem_tasks.stores.sql_clock import after, after_seconds, clock_microseconds, later_of, now, seconds_until
 from idem_tasks.stores.sql_outbox import OutboxStatements
+from idem_tasks.stores.sql_watermarks import WatermarkStatements
 
 AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
 
@@ -62,14 +63,17 @@ FENCED = (State.RUNNING, State.IN_DOUBT)
 @cache
 def statements_for(kind: Kind, schema: str | None, prefix: str) -> Statements:
     """Return the statements, always the same ones, so that SQLAlchemy compiles each of them once."""
-    makers = (records_table, steps_table, audit_table, outbox_table)
+    makers = (records_table, steps_table, audit_table, outbox_table, watermarks_table)
     return Statements(kind, *(make(schema, prefix) for make in makers))
 
 
 class Statements:
-    """The statements for the records in one table on one kind of database; `outbox` are those for their messages."""
+    """The statements for the records in one table on one kind of database.
 
-    def __init__(self, kind: Kind, table: Table, steps: Table, audit: Table, outbox: Table) -> None:
+    `outbox` are those for their messages, `watermarks` those for the marks of partitions.
+    """
+
+    def __init__(self, kind: Kind, table: Table, steps: Table, audit: Table, outbox: Table, marks: Table) -> None:
         self.kind = kind
         self.table = table
         self.steps = steps
@@ -94,6 +98,7 @@ class Statements:
         self._make_renewals()
         self._make_admin()
         self.outbox = OutboxStatements(kind, outbox, self.finish, self.insert_finished)
+        self.watermarks = WatermarkStatements(kind, marks)
 
     # Claim
 

@@ -45,11 +45,13 @@ from idem_tasks.stores.base import (
     RuntimeName,
     SessionSource,
     Transaction,
+    Watermarks,
     journal_of,
     outbox_of,
     sql_records,
     steps_of,
     transaction_of,
+    watermarks_of,
 )
 
 A = TypeVar("A", bound=Recorded | Finished | Lost | None)
@@ -90,6 +92,11 @@ class TieredStore:
     def outbox(self) -> Outbox | None:
         """The outbox of the record, if that has one."""
         return outbox_of(self._record)
+
+    @property
+    def watermarks(self) -> Watermarks:
+        """The marks of the record; `ConfigurationError` if it has none."""
+        return watermarks_of(self._record)
 
     async def claim(self, request: ClaimRequest) -> ClaimAnswer:
         """Ask the marker first, and the record unless the marker knows the answer."""
