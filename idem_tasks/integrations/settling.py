@@ -73,6 +73,14 @@ class DeadLetter:
 Settlement = Acknowledge | PutBack | DeadLetter
 
 
+def check_settling(on_error: str, longest_delay: float) -> None:
+    """Raise `ConfigurationError` for values that say nothing."""
+    if on_error not in get_args(OnError):
+        raise ConfigurationError(f"on_error={on_error!r} must be one of {', '.join(get_args(OnError))}")
+    if not longest_delay > 0:
+        raise ConfigurationError(f"longest_delay={longest_delay!r} must be more than 0 seconds")
+
+
 class MessageHandler:
     """A user's function with what makes it idempotent, and with what tells how its messages are settled."""
 
@@ -93,10 +101,7 @@ class MessageHandler:
         A handler that is decorated already keeps its own key, scope, fingerprint and options. Raises
         `ConfigurationError` for a handler of the other runtime, and for what the decorator refuses.
         """
-        if on_error not in get_args(OnError):
-            raise ConfigurationError(f"on_error={on_error!r} must be one of {', '.join(get_args(OnError))}")
-        if not longest_delay > 0:
-            raise ConfigurationError(f"longest_delay={longest_delay!r} must be more than 0 seconds")
+        check_settling(on_error, longest_delay)
         self._on_error = on_error
         self._longest_delay = float(longest_delay)
         self.function = _decorated(handler, key=key, scope=scope, fingerprint=fingerprint, **options)
@@ -128,12 +133,12 @@ class MessageHandler:
         if isinstance(error, PUT_BACK) or not isinstance(error, Exception):
             return self._later(error, count)  # F31, F59; and a shutdown or a cancellation
         if self._is_final(error):
-            return _dead_letter("failed", error, origin)
+            return dead_letter("failed", error, origin)
         for kind, reason in _DEAD.items():
             if isinstance(error, kind):
-                return _dead_letter(reason, error, origin)
+                return dead_letter(reason, error, origin)
         if self._on_error == "dead_letter":
-            return _dead_letter("handler_error", error, origin)
+            return dead_letter("handler_error", error, origin)
         return self._later(error, count)
 
     def _is_final(self, error: BaseException) -> bool:
@@ -142,10 +147,7 @@ class MessageHandler:
         return isinstance(error, self.task.policy.record_failures) and not isinstance(error, IdemTasksError)
 
     def _later(self, error: BaseException, count: int) -> PutBack:
-        growing = FIRST_DELAY * 2.0 ** min(count, 20)
-        delay = min(max(getattr(error, "retry_after", 0.0), growing), self._longest_delay)
-        delay *= 1 + random.random() * _JITTER  # noqa: S311 - jitter is no secret
-        return PutBack(delay, count + 1, type(error).__name__)
+        return put_back(error, count, self._longest_delay)
 
     def _announce(self, name: EventName, args: tuple[Any, ...], kwargs: Mapping[str, Any], **details: Any) -> None:
         try:
@@ -163,8 +165,16 @@ _DEAD: dict[type[Exception], str] = {
 }
 
 
-def _dead_letter(reason: str, error: BaseException, origin: str) -> DeadLetter:
-    """Only types and names: what an error says may quote the message."""
+def put_back(error: BaseException, count: int, longest_delay: float) -> PutBack:
+    """Return that a message comes again: as late as the error says, and later each time."""
+    growing = FIRST_DELAY * 2.0 ** min(count, 20)
+    delay = min(max(getattr(error, "retry_after", 0.0), growing), longest_delay)
+    delay *= 1 + random.random() * _JITTER  # noqa: S311 - jitter is no secret
+    return PutBack(delay, count + 1, type(error).__name__)
+
+
+def dead_letter(reason: str, error: BaseException, origin: str) -> DeadLetter:
+    """Return that a message is a dead letter; with types and names only: what an error says may quote the message."""
     headers = {REASON_HEADER: reason, "idem_tasks_error_type": type(error).__name__, "idem_tasks_origin": origin}
     for name in ("scope", "key"):
         value = getattr(error, name, "")
