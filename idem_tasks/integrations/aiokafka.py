@@ -26,7 +26,6 @@ from idem_tasks.integrations.kafka_handling import (
     Origin,
     dead_letter_headers,
     handling_for,
-    log_no_road,
     log_not_delivered,
     logger,
 )
@@ -98,6 +97,7 @@ class IdempotentConsumer:
             fingerprint=fingerprint,
             session=session,
             watermark=watermark,
+            has_road=dead_letter_topic is not None,
             options=options,
             on_error=on_error,
             longest_delay=longest_delay,
@@ -236,9 +236,7 @@ class IdempotentConsumer:
     async def _dead_letter(self, taken: Taken[Any], letter: DeadLetter) -> Acknowledge | PutBack:
         """Have the broker confirm the dead letter, and only then let its offset count as finished."""
         origin, later = _origin(taken.message), PutBack(self._longest_delay, taken.count + 1, letter.reason)
-        if self._dead_letter_topic is None or self._producer is None:
-            log_no_road(origin, letter.reason, later.delay)
-            return later
+        assert self._dead_letter_topic is not None and self._producer is not None  # noqa: PT018 - it was put back else
         message = taken.message
         headers = dead_letter_headers(message.headers, letter.headers)
         try:

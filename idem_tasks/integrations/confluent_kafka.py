@@ -29,7 +29,6 @@ from idem_tasks.integrations.kafka_handling import (
     Origin,
     dead_letter_headers,
     handling_for,
-    log_no_road,
     log_not_delivered,
     logger,
 )
@@ -124,6 +123,7 @@ class IdempotentConsumer:
             fingerprint=fingerprint,
             session=session,
             watermark=watermark,
+            has_road=dead_letter_topic is not None,
             options=options,
             on_error=on_error,
             longest_delay=longest_delay,
@@ -277,9 +277,7 @@ class IdempotentConsumer:
     def _dead_letter(self, taken: Taken[Message], letter: DeadLetter) -> Acknowledge | PutBack:
         """Have the broker confirm the dead letter, and only then let its offset count as finished."""
         origin, later = _origin(taken.message), PutBack(self._longest_delay, taken.count + 1, letter.reason)
-        if self._dead_letter_topic is None:
-            log_no_road(origin, letter.reason, later.delay)
-            return later
+        assert self._dead_letter_topic is not None, "it would have been put back"
         try:
             failed = self._produce(self._dead_letter_topic, taken.message, letter.headers)
         except (KafkaException, BufferError) as error:

@@ -77,13 +77,16 @@ def handling_for(
     fingerprint: str | Sequence[str] | Callable[..., object] | None,
     session: Any,
     watermark: bool,
+    has_road: bool,
     options: Mapping[str, Any],
     **settling: Any,
 ) -> Handling:
     """Return what runs the messages: under a record for each, or under one mark for each partition.
 
-    `options` are the decorator's others, `settling` are `on_error` and `longest_delay`. Raises `ConfigurationError`.
+    `options` are the decorator's others, `settling` are `on_error` and `longest_delay`; `has_road`: dead letters have
+    somewhere to go. Raises `ConfigurationError`.
     """
+    settling["missing_road"] = None if has_road else "dead_letter_topic= and producer="
     if watermark:
         if key is not None or scope is not None or fingerprint != BODY:
             raise ConfigurationError(
@@ -126,17 +129,6 @@ def dead_letter_headers(headers: Iterable[tuple[str, Any]], reasons: Mapping[str
     """Return a message's own headers, with those that say why it is a dead letter."""
     kept = [(name, value) for name, value in headers if name not in reasons]
     return [*kept, *((name, text.encode()) for name, text in reasons.items())]
-
-
-def log_no_road(origin: Origin, reason: str, delay: float) -> None:
-    """Say that a partition waits for a person, and what would let it go on."""
-    logger.error(
-        "%s would be a dead letter (%s), and there is no place for it: its partition waits, and it is tried again in "
-        "%.0f s; give dead_letter_topic=, or end its record with idem-tasks resolve",
-        origin.text,
-        reason,
-        delay,
-    )
 
 
 def log_not_delivered(origin: Origin, topic: str, error: object, delay: float) -> None:

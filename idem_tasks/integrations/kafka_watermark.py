@@ -7,13 +7,15 @@ message below it is a duplicate, and a worker that was paused meanwhile commits 
 from __future__ import annotations
 
 import inspect
+import logging
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from idem_tasks import config
 from idem_tasks.claims import EncodedOutcome
-from idem_tasks.errors import PUT_BACK, ConfigurationError, IdemTasksError, LeaseLostError, StoreUnavailableError
+from idem_tasks.errors import ConfigurationError, IdemTasksError, LeaseLostError, StoreUnavailableError
 from idem_tasks.events import EventName
 from idem_tasks.idempotency import Idempotency
 from idem_tasks.integrations.settling import (
@@ -25,12 +27,15 @@ from idem_tasks.integrations.settling import (
     Settlement,
     check_settling,
     dead_letter,
+    later,
     put_back,
 )
 from idem_tasks.keys import check_key, check_scope
 from idem_tasks.runtime import HandlerStopIteration, interruption_in, run_sync
 from idem_tasks.session_argument import SessionArgument
 from idem_tasks.stores.base import MarkingTransaction, MarkPlace, RuntimeName, watermarks_of
+
+logger = logging.getLogger("idem_tasks")
 
 PlaceOf = Callable[[Any], tuple[str, int, int]]
 """Tells the topic, partition and offset of a message."""
@@ -55,6 +60,7 @@ class WatermarkHandler:
         idempotency: Idempotency | None = None,
         on_error: OnError = "put_back",
         longest_delay: float = LONGEST_DELAY,
+        missing_road: str | None = None,
         **others: Any,
     ) -> None:
         """Raises `ConfigurationError` without `session`, and for options that need a record."""
@@ -84,20 +90,32 @@ class WatermarkHandler:
         self._idempotency = idempotency
         self._on_error = on_error
         self._longest_delay = float(longest_delay)
+        self._missing_road = missing_road
         self._has_tables = False
         self.function: Callable[..., Any] = self._run if runtime == "asyncio" else self._run_blocking
 
     def settle(
-        self, error: BaseException | None, count: int, origin: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        error: BaseException | None,
+        count: int,
+        origin: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        hold_limit: float = math.inf,
     ) -> Settlement:
         """Say, and announce, what is to be done with the message whose call ended with `error`, or returned (None)."""
         if error is None:
             return Acknowledge()
-        ours = isinstance(error, PUT_BACK) or not isinstance(error, Exception)
-        if ours or self._on_error == "put_back" or isinstance(error, ConfigurationError):
-            settlement: PutBack | DeadLetter = put_back(error, count, self._longest_delay)
-        else:
-            settlement = dead_letter("handler_error", error, origin)
+        longest = min(self._longest_delay, hold_limit)
+        settlement: PutBack | DeadLetter = later(error, count, longest)
+        if isinstance(error, Exception) and not isinstance(error, IdemTasksError):
+            logger.error("the handler of a message of %s raised", origin, exc_info=error)
+            if self._on_error == "dead_letter" and self._missing_road is None:
+                settlement = dead_letter("handler_error", error, origin)
+            elif self._on_error == "dead_letter":
+                logger.error("%s should be a dead letter, and has nowhere to go: give %s", origin, self._missing_road)
+                settlement = put_back(longest, count, error)
         match settlement:
             case PutBack(delay, times, reason):
                 self._announce(EventName.PUT_BACK, args[0], count=times, delay=round(delay, 3), reason=reason)

@@ -1,8 +1,8 @@
 """The fixtures through which tests get servers.
 
 Shared servers, each test with a part of its own: `redis_url`, `postgres_url`, `mariadb_url`, `mysql_url`,
-`rabbitmq_url`, `kafka_bootstrap`, `redis_sentinel`, `redis_cluster`; and `sqlite_url`. What is not there is skipped, and under CI=true
-fails. A test that restarts, kills, pauses or reconfigures a server starts one: `private_redis()`,
+`rabbitmq_url`, `kafka_bootstrap`, `redis_sentinel`, `redis_cluster`; and `sqlite_url`. What is not there is skipped,
+and under CI=true fails. A test that restarts, kills, pauses or reconfigures a server starts one: `private_redis()`,
 `private_postgres()`, `private_mariadb()`, `private_rabbitmq()`; or takes `private_redis_sentinel`,
 `private_redis_cluster`.
 """

@@ -38,5 +38,3 @@ class KafkaServer(Server):
 
     def answers(self) -> bool:
         return self._address.exists()
-
-
