@@ -46,7 +46,8 @@ class WatermarkHandler:
 
     Only for a handler whose whole effect is what it writes through its session, to the database of the records, and
     only where the messages of a partition come in their order. It keeps no outcome; nothing outside of the database
-    is protected; and `current_claim()`, with its steps, provider keys and messages, is not there.
+    is protected; and `current_claim()`, with its steps, provider keys and messages, is not there. A topic that is made
+    again under its name starts below its marks, which have to be deleted first, or its messages count as duplicates.
     """
 
     def __init__(

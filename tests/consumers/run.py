@@ -29,10 +29,9 @@ def main(broker: str, messages: int, seed: int) -> bool:
             database_url=servers[0].url.replace("postgresql://", "postgresql+psycopg://"),
             redis_url=servers[1].url,
             folder=str(run.new_folder("consumers")),
-            messages=messages,
             seed=seed,
             seconds=_SECONDS + messages * _SECONDS_A_MESSAGE,
-            **brokers.pace(broker),
+            **{**brokers.pace(broker), "messages": messages},
         )
         verdict = endure(plan)
     finally:

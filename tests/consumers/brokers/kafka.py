@@ -15,8 +15,9 @@ from tests.services.kafka_server import KafkaServer
 SERVER = KafkaServer
 FIXTURE = "kafka_bootstrap"
 
-SESSION_SECONDS = 2.0
-"""After which a group takes a killed consumer for dead; real brokers do not take less than 6 s unless told to."""
+SESSION_SECONDS = 4.0
+"""After which a group takes a killed consumer for dead. More than the 3 s for which a new group waits for members; real
+brokers do not take less than 6 s unless they are told to."""
 
 
 @contextmanager
