@@ -168,6 +168,8 @@ class IdempotentConsumer:
     async def _fetch(self) -> None:
         fetched = await self._client.getmany(timeout_ms=round(POLL_SECONDS * 1000), max_records=FETCHED_AT_ONCE)
         for place, messages in fetched.items():
+            if place in self._client.assignment():
+                self._partitions.assign(_places([place]))  # the client may fetch before it tells of an assignment
             for message in messages:
                 self._partitions.add((place.topic, place.partition), message.offset, message)
 
@@ -253,6 +255,8 @@ class IdempotentConsumer:
     async def _commit(self, places: Iterable[Place] | None = None) -> None:
         """Commit what is finished, of these partitions or of all; a failure is noted, and it is done again later."""
         offsets = self._partitions.to_commit(places)
+        assigned = self._client.assignment()
+        offsets = {place: offset for place, offset in offsets.items() if TopicPartition(*place) in assigned}
         if not offsets:
             return
         try:
@@ -267,7 +271,9 @@ class IdempotentConsumer:
     # Rebalances
 
     def _assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self._partitions.assign(_places(assigned))
+        places = _places(assigned)
+        self._partitions.revoke(each.place for each in self._partitions if each.place not in places)
+        self._partitions.assign(places)
 
     async def _revoked(self, revoked: Iterable[TopicPartition]) -> None:
         """Commit what is finished before another consumer begins; what runs may end, and is replayed there."""
