@@ -135,8 +135,9 @@ def test_a_long_handler_costs_nothing_of_the_group(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.parametrize("strategy", ["range,roundrobin", "cooperative-sticky"])
 def test_a_handler_that_runs_through_a_rebalance_runs_once(
-    topic: Topic, idem: Idempotency, caplog: pytest.LogCaptureFixture
+    topic: Topic, idem: Idempotency, caplog: pytest.LogCaptureFixture, strategy: str
 ) -> None:
     """Its outcome is recorded, the new owner replays it, and a commit of the old owner's does no harm."""
     caplog.set_level(logging.INFO, "idem_tasks")
@@ -151,14 +152,15 @@ def test_a_handler_that_runs_through_a_rebalance_runs_once(
         if getattr(event, "name", None) == "in_progress":
             met.set()
 
+    config = topic.config | {"partition.assignment.strategy": strategy}
     for partition in range(4):
         topic.publish(f"message {partition}", partition=partition)
     with (
         Idempotency(store=idem.store, observers=[observe]) as other,
-        consuming(topic, handler, idempotency=idem),
+        consuming(topic, handler, idempotency=idem, client=config),
     ):
         wait_until(lambda: len(begun) == 4, seconds=SECONDS, what="four handlers")
-        with consuming(topic, handler, idempotency=other):
+        with consuming(topic, handler, idempotency=other, client=config):
             assert met.wait(SECONDS), "the new owner meets what runs still"
             may_end.set()
             wait_until(
