@@ -125,8 +125,8 @@ class IdempotentConsumer:
         if self._has_begun:
             raise ConfigurationError("this consumer has run already: make another one")
         self._has_begun = True
-        await self._client.start()
         try:
+            await self._client.start()
             self._client.subscribe(list(topics), listener=_Listener(self._assigned, self._revoked))
             commit_at = time.monotonic() + self._commit_every
             while not (self._is_stopping or should_stop()):

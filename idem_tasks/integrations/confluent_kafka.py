@@ -244,7 +244,7 @@ class IdempotentConsumer:
         """Run one message on a thread of its own; then its partition may go on."""
         settlement: Acknowledge | PutBack | None = None
         try:
-            if not partition.closed:
+            if not (partition.closed or self._stopping.is_set()):  # while it waited for a thread
                 settlement = self._settled(taken)
         except BaseException as error:
             self._struck = error
@@ -328,7 +328,7 @@ class IdempotentConsumer:
 
     def _hear_of_commit(self, error: Any, places: list[TopicPartition]) -> None:
         """Hear what became of a commit; a client that was configured here calls this while it polls."""
-        for place in places:
+        for place in places or ():
             self._note_commit(error or place.error, [place])
 
     def _note_commit(self, error: Any, places: Iterable[TopicPartition]) -> None:
