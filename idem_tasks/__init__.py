@@ -15,7 +15,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from idem_tasks.asking import HOLD, RERUN, Outcome
-from idem_tasks.claims import AuditEntry, Claim, DeadClaim, OutboxMessage, Record, State, StepRecord, current_claim
+from idem_tasks.batch_decorator import idempotent_batch
+from idem_tasks.claims import (
+    AuditEntry,
+    Claim,
+    DeadClaim,
+    OutboxMessage,
+    Record,
+    State,
+    StepRecord,
+    current_claim,
+    current_claims,
+)
 from idem_tasks.config import configure
 from idem_tasks.decorator import IdempotentFunction, idempotency_of, idempotent_task
 from idem_tasks.errors import (
@@ -59,7 +70,9 @@ __all__ = [  # noqa: RUF022 - in groups, in the order in which a reader needs th
     # Handlers
     "configure",
     "current_claim",
+    "current_claims",
     "idempotency_of",
+    "idempotent_batch",
     "idempotent_task",
     "Claim",
     "Idempotency",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import Token
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,7 +27,7 @@ class _Block:
         self._outcome: Any = None
         self._has_outcome = False
         self._ended = False
-        self._outside: Token[Claim | None] | None = None
+        self._outside: Any = None
 
     @property
     def outcome(self) -> Any:

@@ -688,12 +688,18 @@ class DeadClaim:
         return f"<DeadClaim {self.scope} {self.key!r} fencing token {self.fencing_token}, attempt {self.attempt}>"
 
 
-_current: ContextVar[Claim | None] = ContextVar("idem_tasks_current_claim", default=None)
+_Current = Claim | tuple[Claim, ...] | None
+_current: ContextVar[_Current] = ContextVar("idem_tasks_current_claim", default=None)
 
 
 def current_claim() -> Claim:
-    """Return the claim of the handler that runs here; raises `ConfigurationError` outside of one."""
+    """Return the claim of the handler that runs here; raises `ConfigurationError` outside of one, and in a batch."""
     claim = _current.get()
+    if isinstance(claim, tuple):
+        raise ConfigurationError(
+            f"current_claim() was called in the handler of a batch, which has {len(claim)} claims: "
+            "current_claims() returns them, in the order of the messages that the handler was given"
+        )
     if claim is None:
         raise ConfigurationError(
             "current_claim() was called outside of an idempotent handler; threads that a handler starts "
@@ -702,12 +708,26 @@ def current_claim() -> Claim:
     return claim
 
 
-def enter(claim: Claim | None) -> Token[Claim | None]:
-    """Make `claim`, or none, the current one; `leave` with the token makes the one before current again."""
+def current_claims() -> list[Claim]:
+    """Return the claims of the messages that the handler of this batch was given, one for each, in their order.
+
+    Raises `ConfigurationError` outside of the handler of a batch.
+    """
+    claims = _current.get()
+    if isinstance(claims, tuple):
+        return list(claims)
+    raise ConfigurationError(
+        "current_claims() was called outside of the handler of a batch (idempotent_batch, run_batch); "
+        "a handler of one message has current_claim()"
+    )
+
+
+def enter(claim: _Current) -> Token[_Current]:
+    """Make `claim`, those of a batch, or none, current; `leave` with the token makes the one before current again."""
     return _current.set(claim)
 
 
-def leave(token: Token[Claim | None]) -> None:
+def leave(token: Token[_Current]) -> None:
     """End what `enter` began."""
     try:  # noqa: SIM105 - suppress() takes longer than all the rest
         _current.reset(token)

@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Never, ParamSpec, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, Never, ParamSpec, Protocol, TypeVar, Unpack, cast
 
 from idem_tasks import config, hosts
 from idem_tasks.call import Call
@@ -58,29 +58,28 @@ def idempotent_task(
 
     def decorate(handler: Callable[P, R]) -> Callable[P, R]:
         hosts.refuse_wrong_order(handler)
-        asynchronous = _is_asynchronous(handler)
-        runtime: RuntimeName = "asyncio" if asynchronous else "blocking"
-        known.check_runtime(asynchronous=asynchronous)
-        if idempotency is not None:
-            idempotency.check_runtime(runtime)
-            own = (policy or idempotency.policy).replace(**fields)
-            own.check_runtime(asynchronous=asynchronous)
-            if own.on_duplicate != "skip":
-                idempotency.codec.check(ReturnType(handler).early())
+        runtime = runtime_of(handler)
+        known.check_runtime(asynchronous=runtime == "asyncio")
         argument = None if session is None else SessionArgument(handler, session, runtime)
         signature = None if argument is None else argument.signature
         plan = KeyPlan(handler, key=key, scope=scope, fingerprint=fingerprint, signature=signature)
         task = IdempotentFunction(handler, plan, runtime, idempotency, policy, fields, argument)
-        wrapper: Any = _asyncio_wrapper(task) if asynchronous else _blocking_wrapper(task)
-        # Celery reads the parameters to check a call before it is published; `wraps` alone would show it (*args).
-        wrapper.__signature__ = inspect.signature(handler) if argument is None else argument.shown
-        wrapper.idempotency = task
-        return cast(Callable[P, R], wrapper)
+        return cast(Callable[P, R], wrapped(task, argument))
 
     return decorate
 
 
-def _is_asynchronous(handler: Callable[..., Any]) -> bool:
+def wrapped(task: IdempotentFunction, argument: SessionArgument | None) -> Callable[..., Any]:
+    """Return the function that stands in the handler's place; raises `ConfigurationError` for what is known by now."""
+    task.check_early()
+    wrapper: Any = _asyncio_wrapper(task) if task.asynchronous else _blocking_wrapper(task)
+    # Celery reads the parameters to check a call before it is published; `wraps` alone would show it (*args).
+    wrapper.__signature__ = inspect.signature(task.function) if argument is None else argument.shown
+    wrapper.idempotency = task
+    return cast(Callable[..., Any], wrapper)
+
+
+def runtime_of(handler: Callable[..., Any]) -> RuntimeName:
     """Recognise a coroutine function, also behind partials and wrappers; refuse what cannot be a handler."""
     if isinstance(handler, staticmethod | classmethod):
         raise ConfigurationError(f"@idempotent_task goes under @{type(handler).__name__}, next to the function")
@@ -100,22 +99,23 @@ def _is_asynchronous(handler: Callable[..., Any]) -> bool:
                 f"{getattr(function, '__qualname__', function)} is a generator function: calling it runs nothing yet, "
                 "so there is no outcome to record; decorate a function that returns a value"
             )
-    return any(inspect.iscoroutinefunction(found) for found in candidates.values())
+    asynchronous = any(inspect.iscoroutinefunction(found) for found in candidates.values())
+    return "asyncio" if asynchronous else "blocking"
 
 
 def _blocking_wrapper(task: IdempotentFunction) -> Callable[..., Any]:
     @functools.wraps(task.function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         host = hosts.find(wrapper)
-        call = task.call(args, kwargs, host)
+        delivery = task.begin(args, kwargs, host)
         try:
-            return run_sync(perform(call, task.function, args, kwargs))
+            return run_sync(task.perform(delivery, args, kwargs))
         except HandlerStopIteration as carrier:
             raise carrier.error from None
         except BaseException as error:
             if host is None:
                 raise
-            settled = host.settle(error, call.announce)
+            settled = host.settle(error, delivery.announce)
             if settled is error:
                 raise
             raise settled from error
@@ -132,13 +132,13 @@ def _asyncio_wrapper(task: IdempotentFunction) -> Callable[..., Coroutine[Any, A
 
     @functools.wraps(task.function)
     async def run(host: Host | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        call = task.call(args, kwargs, host)
+        delivery = task.begin(args, kwargs, host)
         try:
-            return await perform(call, task.function, args, kwargs)
+            return await task.perform(delivery, args, kwargs)
         except BaseException as error:
             if host is None:
                 raise
-            settled = await asyncio.to_thread(host.settle, error, call.announce)
+            settled = await asyncio.to_thread(host.settle, error, delivery.announce)
             if settled is error:
                 raise
             raise settled from error
@@ -155,8 +155,18 @@ def _marked_as_coroutine_function(function: Callable[..., Any]) -> Callable[...,
     return function
 
 
+class Delivery(Protocol):
+    """What a decorated handler was called with, as its framework's message is settled by it."""
+
+    def announce(self, name: EventName, **details: Any) -> None:
+        """Tell the observers what became of it."""
+
+
 class IdempotentFunction:
     """What is known of one decorated handler: `charge.idempotency`, or `idempotency_of(charge)` for a Celery task."""
+
+    returns = ReturnType
+    """Where the type of an outcome is found."""
 
     def __init__(
         self,
@@ -176,8 +186,18 @@ class IdempotentFunction:
         self._policy = policy
         self._fields = fields
         self._session = session
-        self._return_type = ReturnType(function)
+        self._return_type = self.returns(function)
         self._resolved: tuple[Idempotency, Policy] | None = None
+
+    def check_early(self) -> None:
+        """Raise `ConfigurationError` for whatever can be known at decoration."""
+        if self._idempotency is None:
+            return
+        self._idempotency.check_runtime(self._runtime)
+        own = (self._policy or self._idempotency.policy).replace(**self._fields)
+        own.check_runtime(asynchronous=self.asynchronous)
+        if own.on_duplicate != "skip":
+            self._idempotency.codec.check(self._return_type.early())
 
     @property
     def idempotency(self) -> Idempotency:
@@ -229,6 +249,14 @@ class IdempotentFunction:
             holder=holder,
         )
         return Call(request, idempotency.services(self._runtime), self._return_type.resolve, host, session)
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], host: Host | None) -> Delivery:
+        """Return what `perform` performs, and what announces how its message is settled."""
+        return self.call(args, kwargs, host)
+
+    def perform(self, delivery: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Coroutine[Any, Any, Any]:
+        """Return the story of this delivery."""
+        return perform(delivery, self.function, args, kwargs)
 
     def announce(self, name: EventName, scope: str, key: str, **details: Any) -> None:
         """Tell the observers of its `Idempotency` what became of a message; for integrations."""

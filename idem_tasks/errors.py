@@ -201,6 +201,11 @@ class BatchError(IdemTasksError):
             message or f"{len(self.errors)} of {len(self.results)} messages have no outcome ({', '.join(kinds)})"
         )
 
+    @property
+    def retry_after(self) -> float:
+        """Seconds after which nothing of it is in progress elsewhere any more, as far as is known; 0.0: nothing was."""
+        return max((getattr(self.results[place], "retry_after", 0.0) for place in self.errors), default=0.0)
+
 
 class MessageError(IdemTasksError, ValueError):
     """A message that a handler published cannot be written as JSON; nothing was published, and nothing is recorded."""
@@ -236,3 +241,10 @@ class StoreUnavailableError(StoreError):
 
 PUT_BACK = (InProgressError, LeaseLostError, StoreError)
 """Errors after which the message must come again: it is neither failed nor acknowledged as done."""
+
+
+def comes_again(error: BaseException) -> bool:
+    """Tell whether a message that ended with this error is put back; a batch is if any of its messages has to be."""
+    if isinstance(error, BatchError):
+        return any(comes_again(error.results[place]) for place in error.errors)
+    return isinstance(error, PUT_BACK)

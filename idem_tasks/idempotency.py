@@ -8,13 +8,15 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from idem_tasks import config
 from idem_tasks.asking import failure_of
+from idem_tasks.batch import perform_batch
+from idem_tasks.batch_members import Batch, members_of, message_plan, refuse_waiting
 from idem_tasks.block import AsyncClaimBlock, ClaimBlock
 from idem_tasks.call import Call, Services
 from idem_tasks.claims import (
@@ -28,14 +30,15 @@ from idem_tasks.claims import (
     person_name,
     process_name,
 )
-from idem_tasks.errors import ConfigurationError, InvalidKeyError, OutcomeError
+from idem_tasks.errors import ConfigurationError, OutcomeError
 from idem_tasks.events import Announcer, EventName, Observer, log_event
 from idem_tasks.heartbeat import Heartbeat, LoopHeartbeat, ThreadHeartbeat
 from idem_tasks.keys import CallKey, check_key, check_scope, fingerprint_of
 from idem_tasks.outbox import RelayReport, Sender, Senders
-from idem_tasks.outcomes import UNANNOTATED, Codec, JsonCodec, OutcomeContext, return_type_of
+from idem_tasks.outcomes import UNANNOTATED, Codec, JsonCodec, OutcomeContext, OutcomeType, return_type_of
 from idem_tasks.policy import Policy, PolicyFields
 from idem_tasks.runtime import Asyncio, Blocking, HandlerStopIteration, run_sync
+from idem_tasks.session_argument import SessionArgument
 from idem_tasks.stores import store_from_urls
 from idem_tasks.stores.base import RuntimeName, Store, steps_of
 from idem_tasks.task import perform
@@ -154,6 +157,47 @@ class Idempotency:
         call = self._call(handler, args, kwargs, scope, key, fingerprint, policy, "asyncio")
         value: T = await perform(call, handler, args, kwargs)
         return value
+
+    def run_batch(
+        self,
+        handler: Callable[..., Sequence[T] | Mapping[Any, T]],
+        messages: Iterable[Any],
+        *,
+        scope: str | Callable[[Any], object],
+        key: str | Callable[[Any], object],
+        fingerprint: str | Callable[[Any], object] | None = "message",
+        session: Any = None,
+        policy: Policy | None = None,
+    ) -> list[T]:
+        """Call `handler(new)` with those of the messages that are new, and return the outcomes of all, in their order.
+
+        `key` and `scope` are templates over one message (`"{message[id]}"`) or callables of one; a scope without
+        fields is that of all. `fingerprint` is a callable of one message, the whole message, or None for no check.
+        The handler returns a list with one outcome for each message that it was given, in their order, or a dict
+        from key to outcome; an exception in an outcome's place fails that message alone.
+
+        With `session` all that is written and all outcomes are one transaction, as for `idempotent_task`. Raises
+        `BatchError` if any message has no outcome, `ConfigurationError` for `on_in_progress="wait"`.
+        """
+        batch = self._batch(handler, messages, scope, key, fingerprint, session, policy, "blocking")
+        outcomes: list[T] = run_sync(perform_batch(batch))
+        return outcomes
+
+    async def arun_batch(
+        self,
+        handler: Callable[..., Awaitable[Sequence[T] | Mapping[Any, T]]],
+        messages: Iterable[Any],
+        *,
+        scope: str | Callable[[Any], object],
+        key: str | Callable[[Any], object],
+        fingerprint: str | Callable[[Any], object] | None = "message",
+        session: Any = None,
+        policy: Policy | None = None,
+    ) -> list[T]:
+        """Await `handler(new)` with those of the messages that are new, and return all outcomes; see `run_batch`."""
+        batch = self._batch(handler, messages, scope, key, fingerprint, session, policy, "asyncio")
+        outcomes: list[T] = await perform_batch(batch)
+        return outcomes
 
     def claim(
         self,
@@ -440,13 +484,43 @@ class Idempotency:
         request = self._request(scope, key, data, (policy or self.policy).in_force(), runtime)
         return Call(request, self.services(runtime), return_type_of(handler))
 
+    def _batch(
+        self,
+        handler: Callable[..., Any],
+        messages: Iterable[Any],
+        scope: str | Callable[[Any], object],
+        key: str | Callable[[Any], object],
+        fingerprint: str | Callable[[Any], object] | None,
+        session: Any,
+        policy: Policy | None,
+        runtime: RuntimeName,
+    ) -> Batch:
+        chosen = (policy or self.policy).in_force()
+        chosen.check_runtime(asynchronous=runtime == "asyncio")
+        refuse_waiting(chosen)
+        plan = message_plan(handler, key, scope, fingerprint)
+        of_call = None if session is None else SessionArgument(handler, session, runtime).of((), {})
+        services, outcome_type = self.services(runtime), OutcomeType(handler).resolve
+
+        def call_of(message: Any) -> Call:
+            request = self._request_for(lambda: plan.of((message,), {}), chosen)
+            return Call(request, services, outcome_type, session=of_call)
+
+        return Batch(members_of(messages, call_of), services, handler, session=of_call)
+
     def _request(self, scope: str, key: object, fingerprint: Any, policy: Policy, runtime: RuntimeName) -> ClaimRequest:
         policy.check_runtime(asynchronous=runtime == "asyncio")
+
+        def make() -> CallKey:
+            data = None if fingerprint is None else fingerprint_of(fingerprint)
+            return CallKey(check_scope(scope), check_key(key), data)
+
+        return self._request_for(make, policy)
+
+    def _request_for(self, make: Callable[[], CallKey], policy: Policy) -> ClaimRequest:
         try:
-            made = CallKey(
-                check_scope(scope), check_key(key), None if fingerprint is None else fingerprint_of(fingerprint)
-            )
-        except InvalidKeyError:
+            made = make()
+        except Exception:
             # Turned off, or in shadow, nothing of ours may keep the handler from running.
             if policy.active and not policy.shadow:
                 raise

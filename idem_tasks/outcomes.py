@@ -19,7 +19,7 @@ import sys
 import types
 import typing
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -316,6 +316,32 @@ class ReturnType:
         if annotation in _SAYS_NOTHING or isinstance(annotation, typing.TypeVar):
             return UNANNOTATED
         return annotation
+
+
+class OutcomeType(ReturnType):
+    """The type of one outcome in what a handler of many messages returns: a list of them, or a mapping to them.
+
+    Exceptions in it are no outcomes.
+    """
+
+    def early(self) -> Any:
+        """Give the type as far as it is known now."""
+        returned = super().early()
+        origin, arguments = typing.get_origin(returned), typing.get_args(returned)
+        if not isinstance(origin, type):
+            return UNANNOTATED
+        if issubclass(origin, Mapping) and len(arguments) == 2:
+            return _without_exceptions(arguments[1])
+        many = len(arguments) == 1 or arguments[1:] == (...,)
+        return _without_exceptions(arguments[0]) if issubclass(origin, Sequence) and many else UNANNOTATED
+
+
+def _without_exceptions(annotation: Any) -> Any:
+    kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
+    if not kinds:
+        return UNANNOTATED if annotation in _SAYS_NOTHING else annotation
+    outcomes = [kind for kind in kinds if not (isinstance(kind, type) and issubclass(kind, BaseException))]
+    return typing.Union[tuple(outcomes)] if outcomes else UNANNOTATED  # noqa: UP007 - of however many there are
 
 
 def return_type_of(handler: Callable[..., Any]) -> Callable[[], Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from idem_tasks.stores.base import RuntimeName, SessionSource
@@ -62,6 +62,10 @@ class SessionArgument:
         if 0 <= self._position < len(args):
             given, fills_it = args[self._position], True
         return SessionOfCall(self._source, given, is_missing=self._own is not None and not fills_it)
+
+    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SessionOfCall:
+        """Return the same for a handler that is called without it: it gets it by its name, if it has it at all."""
+        return replace(self.of(args, kwargs), is_missing=self._own is not None)
 
     def without(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Return the arguments that key and fingerprint are made of."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from idem_tasks.call import Call
 from idem_tasks.claims import Claim, Finished, Lost, Recorded, Released, State
@@ -18,20 +18,20 @@ from idem_tasks.errors import ConfigurationError, IdemTasksError, StoreError, St
 from idem_tasks.runtime import FIRST_PAUSE, LONGEST_PAUSE, deadline_clock, interruption_in, is_interruption
 from idem_tasks.session_argument import SessionOfCall
 from idem_tasks.steps import Steps
-from idem_tasks.stores.base import Transaction, sql_records, transaction_of
+from idem_tasks.stores.base import Transaction, UserTransaction, sql_records, transaction_of
 
-Look = Callable[[], Awaitable[Recorded | Finished | Lost | None]]
+A = TypeVar("A")
 
-_RERUNS = 5
+RERUNS = 5
 """How often a handler runs again in one call whose transaction a deadlock or a serialization failure undid."""
 
-_CONFLICT_NOTE = (
+CONFLICT_NOTE = (
     "other transactions stood in the way each time. A handler that takes longer than a third of its lease needs "
     "READ COMMITTED: above that, the renewal of its own lease is such a transaction"
 )
 
 
-_inherited: list[Transaction] = []
+inherited: list[UserTransaction] = []
 """Transactions of the parent's, in a child that its handler forked.
 
 They are kept for as long as the child lives: a pool rolls back what is dropped, on the connection that both have.
@@ -59,8 +59,8 @@ async def run_in_session(
         except Exception as raised:
             if not may_run_again(call, claim, transaction, raised):
                 raise
-            if runs > _RERUNS:
-                raised.add_note(_CONFLICT_NOTE)
+            if runs > RERUNS:
+                raised.add_note(CONFLICT_NOTE)
                 raise
         claim.drop_outgoing()
         await call.services.runtime.sleep(random.uniform(0, FIRST_PAUSE))  # noqa: S311 - so that two do not meet again
@@ -100,7 +100,7 @@ async def run_once(
     finally:
         ended_by = sys.exception()
         if not claim.is_here:
-            _inherited.append(transaction)
+            inherited.append(transaction)
         elif ended_by is None or runtime.can_wait(after=ended_by):
             await runtime.shield(transaction.close)
 
@@ -172,7 +172,7 @@ async def commit(call: Call, claim: Claim, transaction: Transaction, value: Any)
     return True
 
 
-async def look(call: Call, claim: Claim, ask_store: Look) -> Recorded | Finished | Lost | None:
+async def look(call: Call, claim: Claim, ask_store: Callable[[], Awaitable[A]]) -> A:
     """Tell what became of a commit; while the store is away, try again as long as the lease lives.
 
     After that nobody knows: nothing is released, and the next delivery finds what there is.
@@ -192,7 +192,7 @@ async def look(call: Call, claim: Claim, ask_store: Look) -> Recorded | Finished
         pause = min(pause * 2, LONGEST_PAUSE)
 
 
-def may_run_again(call: Call, claim: Claim, transaction: Transaction, raised: Exception) -> bool:
+def may_run_again(call: Call, claim: Claim, transaction: UserTransaction, raised: Exception) -> bool:
     """Tell whether all that the handler did is undone; under `hold` it may have done something outside."""
     return (
         is_fenced(call, claim)

@@ -44,7 +44,6 @@ from idem_tasks.claims import (
 )
 from idem_tasks.endings import give_back, keep_all, lease_lost, never_began, tell
 from idem_tasks.errors import (
-    PUT_BACK,
     ConfigurationError,
     IdemTasksError,
     InDoubtError,
@@ -53,6 +52,7 @@ from idem_tasks.errors import (
     ReplayedFailureError,
     StoreError,
     StoreUnavailableError,
+    comes_again,
 )
 from idem_tasks.events import EventName
 from idem_tasks.outbox import OutgoingMessages
@@ -64,6 +64,7 @@ from idem_tasks.steps import Steps
 Handler = Callable[..., Any]
 A = TypeVar("A")
 Ending = Recorded | Released | Finished | Lost | None
+Answer = Claim | Finished | InProgress | InDoubt | Parked
 
 
 async def perform(call: Call, handler: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -93,11 +94,11 @@ async def perform(call: Call, handler: Handler, args: tuple[Any, ...], kwargs: M
         leave(outside)
 
 
-async def open_claim(call: Call) -> Claim | Finished:
+async def open_claim(call: Call, told: Answer | None = None) -> Claim | Finished:
     """Steps 1 and 2: claim the key, or return the outcome that it has already.
 
     Where the policy lets the handler run all the same (`enabled`, `shadow`, `on_store_unavailable`), the claim is
-    not protected: nothing is recorded under it.
+    not protected: nothing is recorded under it. `told` is what the store has answered already, asked for many at once.
     """
     if not call.policy.active:
         return unprotected(call)
@@ -105,7 +106,7 @@ async def open_claim(call: Call) -> Claim | Finished:
         call.announce(EventName.UNPROTECTED_RUN, error="no usable key")
         return unprotected(call)
     try:
-        claim = await claim_or_wait(call)
+        claim = await claim_or_wait(call, told)
     except IdemTasksError as error:
         if call.policy.shadow and not isinstance(error, StoreError | ConfigurationError):
             call.announce(EventName.SHADOW_DUPLICATE, found=type(error).__name__)
@@ -133,14 +134,16 @@ def runs_without_store(call: Call, error: IdemTasksError) -> bool:
     return False
 
 
-async def claim_or_wait(call: Call) -> Claim | Finished:
+async def claim_or_wait(call: Call, told: Answer | None = None) -> Claim | Finished:
     """Claim the key; while it is in progress elsewhere, wait as long as the policy says."""
     waits = call.policy.on_in_progress == "wait" and not call.policy.shadow
     waits_until = deadline_clock() + (call.policy.wait_timeout if waits else 0.0)
     scope, key, pause = call.request.scope, call.request.key, FIRST_PAUSE
     request = call.request
     while True:
-        match await claim_or_withdraw(call, request, partial(call.services.store.claim, request)):
+        answer = told or await claim_or_withdraw(call, request, partial(call.services.store.claim, request))
+        told = None
+        match answer:
             case Claim() | Finished() as opened:
                 return opened
             case InDoubt(dead=Lease() as dead) if callable(call.policy.on_crash):
@@ -211,20 +214,25 @@ async def claim_or_withdraw(
         answer = await ask_store()
         if not isinstance(answer, Granted):
             return answer
-        if deadline_clock() < asked_at + call.policy.lease:
-            return take_up(call, answer.lease, asked_at)
-        # Its lease may be over and another at work: it is given back, and the message comes again (F1).
-        await call.services.runtime.shield(lambda: give_back(call, answer.lease))
-        raise StoreUnavailableError(
-            f"the store took longer than the lease to grant {call.request.scope} {call.request.key!r}, "
-            "so its handler did not begin"
-        )
+        return await take_up_in_time(call, answer.lease, asked_at)
     except IdemTasksError:
         raise
     except BaseException as interruption:
         if call.services.runtime.can_wait(after=interruption):
             await call.services.runtime.shield(lambda: withdraw(call, request))
         raise
+
+
+async def take_up_in_time(call: Call, lease: Lease, asked_at: float) -> Claim:
+    """Hold a claim whose grant came in time; one that came late is given back, and the message comes again."""
+    if deadline_clock() < asked_at + call.policy.lease:
+        return take_up(call, lease, asked_at)
+    # Its lease may be over and another at work (F1).
+    await call.services.runtime.shield(lambda: give_back(call, lease))
+    raise StoreUnavailableError(
+        f"the store took longer than the lease to grant {call.request.scope} {call.request.key!r}, "
+        "so its handler did not begin"
+    )
 
 
 def take_up(call: Call, lease: Lease, asked_at: float) -> Claim:
@@ -416,7 +424,7 @@ async def let_go(call: Call, claim: Claim, error: BaseException) -> Ending:
 
 def is_failure(call: Call, error: BaseException) -> bool:
     """Tell a handler's failure from a shutdown, a framework's control flow, and a nested call that was put off."""
-    if not isinstance(error, Exception) or isinstance(error, PUT_BACK):
+    if not isinstance(error, Exception) or comes_again(error):
         return False  # the latter are of a nested call, which asks for another delivery
     return call.host is None or call.host.is_failure(error)
 

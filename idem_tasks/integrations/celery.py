@@ -24,7 +24,7 @@ from celery.local import Proxy
 
 from idem_tasks import hosts
 from idem_tasks.decorator import IdempotentFunction, idempotency_of
-from idem_tasks.errors import PUT_BACK, ConfigurationError
+from idem_tasks.errors import ConfigurationError, comes_again
 from idem_tasks.events import EventName
 from idem_tasks.integrations.celery_put_back import delay_of, put_back, times_put_back
 from idem_tasks.runtime import register_interruption
@@ -142,7 +142,7 @@ class CeleryHost:
         if not self._has_message:
             return error
         if not isinstance(error, Retry | Ignore | Reject):
-            if isinstance(error, PUT_BACK):  # F31, F59
+            if comes_again(error):  # F31, F59
                 return self._put_back(error, announce)
             if _is_interruption(error) and self._task.acks_late:
                 return _rejected("interrupted")
@@ -150,7 +150,7 @@ class CeleryHost:
         self._request.__dict__.pop("_idem_tasks_host", None)
         return error
 
-    def _put_back(self, error: Exception, announce: Callable[..., None]) -> BaseException:
+    def _put_back(self, error: BaseException, announce: Callable[..., None]) -> BaseException:
         assert self._arguments is not None
         args, kwargs = self._arguments
         count = times_put_back(self._request) + 1
@@ -163,7 +163,7 @@ class CeleryHost:
         acknowledged: BaseException = Ignore()
         return acknowledged
 
-    def _not_published(self, error: Exception, failed: BaseException) -> BaseException:
+    def _not_published(self, error: BaseException, failed: BaseException) -> BaseException:
         """Have the broker deliver this copy again; one that was acknowledged before it ran fails, and is seen."""
         _logger.error("%s[%s] could not be put back: %r", self._task.name, self.message, failed)
         if isinstance(failed, SystemExit):

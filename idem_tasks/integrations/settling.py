@@ -20,7 +20,6 @@ from typing import Any, Literal, get_args
 
 from idem_tasks.decorator import IdempotentFunction, idempotency_of, idempotent_task
 from idem_tasks.errors import (
-    PUT_BACK,
     ConfigurationError,
     DuplicateError,
     FingerprintMismatchError,
@@ -31,6 +30,7 @@ from idem_tasks.errors import (
     OutcomeError,
     ParkedError,
     ReplayedFailureError,
+    comes_again,
 )
 from idem_tasks.events import EventName
 from idem_tasks.stores.base import RuntimeName
@@ -164,7 +164,7 @@ class MessageHandler:
             return Acknowledge()
         if isinstance(error, DuplicateError | OutcomeError) and not self._raised_by_handler(error):
             return Acknowledge()  # the handler ran before; its value is nothing that a consumer passes on
-        if isinstance(error, PUT_BACK) or not isinstance(error, Exception):
+        if comes_again(error) or not isinstance(error, Exception):
             return later(error, count, longest)  # F31, F59; and a shutdown or a cancellation
         reason = self._reason_of_death(error)
         if reason is None:

@@ -207,11 +207,8 @@ def refuse_if_moved(scope: str, key: str, state: str, fencing_token: int, expect
 # A transaction of the user's own, in which the handler writes and its outcome is committed.
 
 
-class Transaction(Protocol):
-    """A user's session for one run of a handler: all that is written in it is committed together, or not at all.
-
-    Under a claim the outcome is its last write, under the claim's fence. Every verb may be begun again.
-    """
+class UserTransaction(Protocol):
+    """What the transactions for one claim and for many have alike."""
 
     @property
     def session(self) -> Any:
@@ -220,18 +217,37 @@ class Transaction(Protocol):
 
     @property
     def commit_begun(self) -> bool:
-        """Whether `commit` was called: whatever became of it, it must not be called again."""
+        """Whether committing was begun: whatever became of it, it must not be begun again."""
         ...
 
     @property
     def may_be_committed(self) -> bool:
-        """Whether a commit was sent, so that only `look` can tell."""
+        """Whether a commit was sent, so that only a look at the records can tell."""
         ...
 
     @property
     def is_cut_off(self) -> bool:
         """Whether its connection to the database broke, and with it all that was not committed."""
         ...
+
+    async def roll_back(self, *, throw_away: bool) -> None:
+        """Undo everything that is not committed; `throw_away` the connection on which something struck."""
+        ...
+
+    async def close(self) -> None:
+        """End the session, if it was made for this run."""
+        ...
+
+    def is_conflict(self, error: BaseException) -> bool:
+        """Tell whether a deadlock or a serialization failure undid everything, so that it may be begun again."""
+        ...
+
+
+class Transaction(UserTransaction, Protocol):
+    """A user's session for one run of a handler: all that is written in it is committed together, or not at all.
+
+    Under a claim the outcome is its last write, under the claim's fence. Every verb may be begun again.
+    """
 
     async def begin(self) -> Finished | Lost | None:
         """Begin, and see to it that the record is there under this claim; tell who has it if it is not.
@@ -249,20 +265,8 @@ class Transaction(Protocol):
         """
         ...
 
-    async def roll_back(self, *, throw_away: bool) -> None:
-        """Undo everything that is not committed; `throw_away` the connection on which something struck."""
-        ...
-
     async def look(self) -> Recorded | Finished | Lost | None:
         """Tell, on a connection of the store's own, how this ended; None: nothing is committed, the claim stands."""
-        ...
-
-    async def close(self) -> None:
-        """End the session, if it was made for this run."""
-        ...
-
-    def is_conflict(self, error: BaseException) -> bool:
-        """Tell whether a deadlock or a serialization failure undid everything, so that it may be begun again."""
         ...
 
     def check_steps(self) -> None:
@@ -545,7 +549,8 @@ class BatchStore(Protocol):
     async def claim_batch(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
         """Claim all these records in one round trip to each tier, and answer each as `Store.claim` does.
 
-        None for one whose record is released, dead or over, or came or went meanwhile: claim it by itself.
+        None for one that the store leaves to a claim of its own: where that is not the only thing it can do in one
+        round trip, whose record is released, dead or over, or came or went meanwhile.
         """
         ...
 
@@ -555,6 +560,52 @@ class BatchStore(Protocol):
         None for one whose fence missed: finish it by itself, which tells why. None of the outcomes has messages.
         """
         ...
+
+
+def batch_store_of(store: Any) -> BatchStore | None:
+    """Return the store as one that claims and finishes many at once, or None: stores need not do that."""
+    return cast(BatchStore, store) if hasattr(store, "claim_batch") else None
+
+
+class BatchTransaction(UserTransaction, Protocol):
+    """A user's session in which one handler writes for many claims: all is committed together, or nothing.
+
+    The outcomes are its last writes, each under its claim's fence. Answers come in the order of the leases.
+    """
+
+    async def begin_all(self) -> list[Finished | Lost | None]:
+        """Begin, and see to it, by one statement, that all records are there under their claims.
+
+        All None: it has begun. Else nothing has, and each that is not None tells who has that record. Raises what
+        `Transaction.begin` does.
+        """
+        ...
+
+    async def commit_all(self, outcomes: Sequence[EncodedOutcome]) -> list[bool]:
+        """Write all outcomes as the last thing and commit once; tells of each whether its fence held.
+
+        Unless all held, nothing is committed. Raises what `Transaction.commit` does.
+        """
+        ...
+
+    async def look_all(self) -> list[Recorded | Finished | Lost | None]:
+        """Tell of each, on a connection of the store's own, how this ended.
+
+        All `Recorded`: it is committed. None: that claim stands, and nothing is committed.
+        """
+        ...
+
+
+def batch_transaction_of(store: Any, leases: Sequence[Lease], source: SessionSource, given: Any) -> BatchTransaction:
+    """Return a transaction under these leases; raises `ConfigurationError` where the records are not in SQL."""
+    begin = getattr(store, "batch_transaction", None)
+    if begin is None:
+        raise ConfigurationError(
+            f"session= needs records in SQL, where they can be committed with the handler's own writes; "
+            f"a {type(store).__name__} has them elsewhere"
+        )
+    transaction: BatchTransaction = begin(leases, source, given)
+    return transaction
 
 
 class BatchMarker(Protocol):

@@ -46,6 +46,13 @@ class Server(Protocol):
         """Run a script on many keys, each with its arguments, in one round trip (in a cluster, one per node)."""
         ...
 
+    async def run_over(self, text: str, calls: Sequence[tuple[bytes, Sequence[Argument]]]) -> list[Any]:
+        """Run a script that takes any number of keys and answers for each, once (in a cluster, once for each key).
+
+        Every key has the same number of arguments. One round trip (in a cluster, one per node) for 1,000 keys.
+        """
+        ...
+
     async def delete(self, keys: Sequence[bytes]) -> None:
         """Delete these keys in one round trip (in a cluster, one per node)."""
         ...
@@ -115,6 +122,7 @@ class _Outcome(msgspec.Struct, array_like=True, frozen=True):
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Outcome).decode
 
+_TAKE_EACH = script("take_each")
 _TAKE_BACK = script("delete_own")
 _RENEW = script("renew_marker")
 _PUBLISH = script("publish")
@@ -148,8 +156,8 @@ def _pending(owner: str) -> bytes:
 
 
 def _taken_value(request: ClaimRequest) -> bytes:
-    """Return the marker that this very take sets; nothing stands for one that nobody heard of."""
-    return b"" if request.take is None else _running(request.owner) + b"%d" % request.take
+    """Return the marker that this very take sets; without a number it stands for one that nobody heard of."""
+    return _running(request.owner) + (b"" if request.take is None else b"%d" % request.take)
 
 
 def _put_back_value(owner: str) -> bytes:
@@ -189,6 +197,18 @@ class RedisMarkers:
             left = left if now_standing == standing else 0.0
         return MarkerRunning(left)
 
+    async def take_batch(self, requests: Sequence[ClaimRequest]) -> list[MarkerAnswer | None]:
+        """As `take` for each; None for what `take` cannot read, or what never expires."""
+        keys = [self._place(request.scope, request.key) for request in requests]
+        standing = await self._server.run_over(
+            _TAKE_EACH,
+            [
+                (key, (_taken_value(request), milliseconds(request.policy.lease)))
+                for key, request in zip(keys, requests, strict=True)
+            ],
+        )
+        return [_taken(each, key, request) for each, key, request in zip(standing, keys, requests, strict=True)]
+
     async def _time_left(self, key: bytes) -> float:
         left = await self._server.milliseconds_left(key)
         if left == _NO_EXPIRY:
@@ -199,6 +219,12 @@ class RedisMarkers:
     async def give_back(self, scope: str, key: str, owner: str) -> None:
         """Delete our own running marker, and nobody else's."""
         await self._server.run(_TAKE_BACK, self._place(scope, key), _running(owner))
+
+    async def give_back_batch(self, requests: Sequence[ClaimRequest]) -> None:
+        """As `give_back` for each."""
+        await self._server.run_over(
+            _TAKE_BACK, [(self._place(each.scope, each.key), (_running(each.owner),)) for each in requests]
+        )
 
     async def renew_markers(self, leases: Sequence[Lease]) -> None:
         """Extend our own running markers and put back those that are gone; leave everybody else's."""
@@ -215,21 +241,18 @@ class RedisMarkers:
 
     async def publish(self, request: ClaimRequest, finished: Finished, ttl: float) -> None:
         """Replace the marker that this take set by the outcome for `ttl` seconds; delete any other of ours (F53)."""
-        value = _Outcome.of(
-            finished.outcome,
-            fingerprint=finished.fingerprint,
-            fencing_token=finished.fencing_token,
-            traceparent=finished.traceparent,
-            expires_in=finished.expires_in,
-        )
         await self._server.run(
+            _PUBLISH, self._place(request.scope, request.key), *_published_by(request, finished, ttl)
+        )
+
+    async def publish_batch(self, finished: Sequence[tuple[ClaimRequest, Finished, float]]) -> None:
+        """As `publish` for each."""
+        await self._server.run_over(
             _PUBLISH,
-            self._place(request.scope, request.key),
-            _taken_value(request),
-            _running(request.owner),
-            _pending(request.owner),
-            b"finished:" + _encode(value),
-            milliseconds(ttl),
+            [
+                (self._place(request.scope, request.key), _published_by(request, each, ttl))
+                for request, each, ttl in finished
+            ],
         )
 
     async def keep(self, lease: Lease, outcome: EncodedOutcome) -> bool:
@@ -264,8 +287,39 @@ class RedisMarkers:
         return place(self._marker_prefix, scope, key)
 
 
+def _published_by(request: ClaimRequest, finished: Finished, ttl: float) -> tuple[Argument, ...]:
+    """Return what publishing takes for one key."""
+    value = _Outcome.of(
+        finished.outcome,
+        fingerprint=finished.fingerprint,
+        fencing_token=finished.fencing_token,
+        traceparent=finished.traceparent,
+        expires_in=finished.expires_in,
+    )
+    return (
+        _taken_value(request),
+        b"finished:" + _encode(value),
+        milliseconds(ttl),
+    )
+
+
 _NO_EXPIRY = -1
 """What PTTL answers for a key without a time to live."""
+
+
+def _taken(found: tuple[bytes, int] | None, key: bytes, request: ClaimRequest) -> MarkerAnswer | None:
+    """What stood there as one of many was taken, and how many milliseconds it has left; None: ours was set."""
+    if found is None:
+        return MarkerTaken()
+    standing, left = found
+    if not standing.startswith(b"running:"):
+        try:
+            return _not_running(standing, key, request)
+        except StoreError:
+            return None
+    if standing.startswith(_running(request.owner)):
+        return MarkerTaken()
+    return None if left == _NO_EXPIRY else MarkerRunning(left / 1000)
 
 
 def _not_running(standing: bytes | None, key: bytes, request: ClaimRequest) -> MarkerAnswer:

@@ -90,6 +90,20 @@ class MemoryMarker:
                 case _Running(holder) if holder == owner:
                     del self._markers[scope, key]
 
+    async def take_batch(self, requests: Sequence[ClaimRequest]) -> list[MarkerAnswer | None]:
+        """As `take` for each."""
+        return [await self.take(request) for request in requests]
+
+    async def give_back_batch(self, requests: Sequence[ClaimRequest]) -> None:
+        """As `give_back` for each."""
+        for request in requests:
+            await self.give_back(request.scope, request.key, request.owner)
+
+    async def publish_batch(self, finished: Sequence[tuple[ClaimRequest, Finished, float]]) -> None:
+        """As `publish` for each."""
+        for request, outcome, ttl in finished:
+            await self.publish(request, outcome, ttl)
+
     async def renew_markers(self, leases: Sequence[Lease]) -> None:
         """Extend our own running markers and put back those that are gone; leave everybody else's."""
         with self._lock:

@@ -79,34 +79,18 @@ class RedisRecords:
 
     async def claim(self, request: ClaimRequest) -> ClaimAnswer:
         """Claim the record, or tell why not, in one atomic step."""
-        policy = request.policy
-        row = await self._run(
+        answer = _claimed(await self._run(_CLAIM, request.scope, request.key, *_claiming(request)), request)
+        if answer is None:
+            raise _unreadable(request.scope, request.key)
+        return answer
+
+    async def claim_batch(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
+        """As `claim` for each, in one round trip (in a cluster, one for each node); None for what it cannot read."""
+        replies = await self._records.run_each(
             _CLAIM,
-            request.scope,
-            request.key,
-            request.owner.encode(),
-            _microseconds(policy.lease),
-            _microseconds(policy.max_hold),
-            _microseconds(policy.retention),
-            _microseconds(_WAITING),
-            b"hold" if policy.doubts else b"rerun",
-            -1 if policy.max_crashes is None else policy.max_crashes,
-            *_granted_fields(request),
+            [(place(self._record_prefix, request.scope, request.key), _claiming(request)) for request in requests],
         )
-        match row.word:
-            case "granted" | "taken_over":
-                return Granted(row.lease(request, taken_over=row.word == "taken_over"))
-            case "finished":
-                return row.finished()
-            case "running":
-                return InProgress(row.lease_left())
-            case "in_doubt":
-                return InDoubt()
-            case "newly_in_doubt":
-                return InDoubt(new=True, dead=row.lease(replace(request, owner=row.text("owner") or "")))
-            case "parked" | "newly_parked":
-                return Parked(row.number("crashes"), row.number("failures"), new=row.word == "newly_parked")
-        raise _unreadable(request.scope, request.key)
+        return [_claimed(_Row.of(reply), request) for reply, request in zip(replies, requests, strict=True)]
 
     async def decide(
         self, dead: Lease, request: ClaimRequest, outcome: EncodedOutcome | None
@@ -165,16 +149,19 @@ class RedisRecords:
                 return row.finished()
         return Lost()
 
-    async def _finish(self, lease: Lease, outcome: EncodedOutcome) -> _Row:
-        return await self._run(
+    async def finish_batch(self, finished: Sequence[tuple[Lease, EncodedOutcome]]) -> list[Recorded | None]:
+        """As `finish` for each, in one round trip (in a cluster, one for each node)."""
+        replies = await self._records.run_each(
             _FINISH,
-            lease.scope,
-            lease.key,
-            *_fence(lease),
-            outcome.state.value.encode(),
-            _microseconds(lease.policy.retention),
-            *_outcome_fields(outcome),
+            [
+                (place(self._record_prefix, lease.scope, lease.key), _finishing(lease, outcome))
+                for lease, outcome in finished
+            ],
         )
+        return [Recorded() if _Row.of(reply).word == "recorded" else None for reply in replies]
+
+    async def _finish(self, lease: Lease, outcome: EncodedOutcome) -> _Row:
+        return await self._run(_FINISH, lease.scope, lease.key, *_finishing(lease, outcome))
 
     async def _restore(self, lease: Lease) -> None:
         request = lease.request
@@ -456,6 +443,47 @@ class _Row:
             attention="overdue" if overdue else self.text("attention"),
             traceparent=self.text("traceparent"),
         )
+
+
+def _claiming(request: ClaimRequest) -> tuple[Argument, ...]:
+    policy = request.policy
+    return (
+        request.owner.encode(),
+        _microseconds(policy.lease),
+        _microseconds(policy.max_hold),
+        _microseconds(policy.retention),
+        _microseconds(_WAITING),
+        b"hold" if policy.doubts else b"rerun",
+        -1 if policy.max_crashes is None else policy.max_crashes,
+        *_granted_fields(request),
+    )
+
+
+def _claimed(row: _Row, request: ClaimRequest) -> ClaimAnswer | None:
+    """Return what a claim is answered with; None for a record that cannot be read."""
+    match row.word:
+        case "granted" | "taken_over":
+            return Granted(row.lease(request, taken_over=row.word == "taken_over"))
+        case "finished":
+            return row.finished()
+        case "running":
+            return InProgress(row.lease_left())
+        case "in_doubt":
+            return InDoubt()
+        case "newly_in_doubt":
+            return InDoubt(new=True, dead=row.lease(replace(request, owner=row.text("owner") or "")))
+        case "parked" | "newly_parked":
+            return Parked(row.number("crashes"), row.number("failures"), new=row.word == "newly_parked")
+    return None
+
+
+def _finishing(lease: Lease, outcome: EncodedOutcome) -> tuple[Argument, ...]:
+    return (
+        *_fence(lease),
+        outcome.state.value.encode(),
+        _microseconds(lease.policy.retention),
+        *_outcome_fields(outcome),
+    )
 
 
 def _microseconds(seconds: float) -> int:

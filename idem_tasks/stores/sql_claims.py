@@ -38,7 +38,7 @@ from idem_tasks.stores.sql_statements import ENDED, FENCED, PURGEABLE, AnyRow, S
 
 A = TypeVar("A")
 
-LONGEST_MILLISECONDS = 2**31 - 1
+_LONGEST_MILLISECONDS = 2**31 - 1
 """What PostgreSQL takes as a time limit."""
 
 RACES = 3
@@ -60,40 +60,63 @@ def claim(sql: Statements, connection: Connection, request: ClaimRequest) -> Cla
 
 def _claim_or_read(sql: Statements, connection: Connection, request: ClaimRequest) -> AnyRow | None:
     """Insert a running record unless there is one; return what is there now, None if it comes or goes just now."""
-    result = connection.execute(sql.claim, place(request.scope, request.key) | _granted(request))
+    result = connection.execute(sql.claim, place(request.scope, request.key) | granting(request))
     row = result.one_or_none() if result.returns_rows else None
     return row or _read(sql, connection, request.scope, request.key)
 
 
 def _answer(sql: Statements, connection: Connection, request: ClaimRequest, row: AnyRow) -> ClaimAnswer | None:
     """Tell what the record that was found means for this claim; None if it changed meanwhile."""
-    if row.state in PURGEABLE and row.retention_left <= 0:
+    answer = known_answer(request, row)
+    if answer is not None:
+        return answer
+    if _is_over(row):
         lease = _next_lease(request, row, attempts=1, failures=0, crashes=0, generation=row.generation + 1)
         return Granted(lease) if _take(connection, sql.take_afresh, lease, row) else None
+    if row.state == State.RELEASED:
+        lease = _next_lease(request, row, attempts=row.attempts + 1)
+        return Granted(lease) if _take(connection, sql.take, lease, row) else None
+    if row.owner == request.owner:
+        return _own(sql, connection, request, row)
+    return _take_over(sql, connection, request, row)
+
+
+def known_answer(request: ClaimRequest, row: AnyRow) -> ClaimAnswer | None:
+    """Tell what the record that was found means for this claim; None where that is to be written first."""
+    if _is_over(row):
+        return None
     match State(row.state):
+        case State.RUNNING if row.owner == request.owner:
+            return None if _is_old(request, row) else Granted(_own_lease(request, row))
+        case State.RUNNING:
+            return InProgress(row.lease_left) if row.lease_left > 0 else None
         case State.COMPLETED | State.FAILED:
             return _finished(row)
-        case State.RELEASED:
-            lease = _next_lease(request, row, attempts=row.attempts + 1)
-            return Granted(lease) if _take(connection, sql.take, lease, row) else None
         case State.IN_DOUBT:
             return InDoubt()
         case State.PARKED:
             return Parked(row.crashes, row.failures)
-        case State.RUNNING if row.owner == request.owner:
-            return _own(sql, connection, request, row)
-        case State.RUNNING if row.lease_left > 0:
-            return InProgress(row.lease_left)
-        case State.RUNNING:  # pragma: no branch - there is no other state
-            return _take_over(sql, connection, request, row)
+        case State.RELEASED:  # pragma: no branch - there is no other state
+            return None
+
+
+def _is_over(row: AnyRow) -> bool:
+    return row.state in PURGEABLE and row.retention_left <= 0
 
 
 def _own(sql: Statements, connection: Connection, request: ClaimRequest, row: AnyRow) -> Granted | None:
     """Ours: just now, or by an earlier try whose reply was lost (F21) and whose lease may be running out."""
+    lease = _own_lease(request, row)
+    return None if _is_old(request, row) and not renew(sql, connection, [lease]) else Granted(lease)
+
+
+def _is_old(request: ClaimRequest, row: AnyRow) -> bool:
+    return bool(row.lease_left < request.policy.lease * 2 / 3)
+
+
+def _own_lease(request: ClaimRequest, row: AnyRow) -> Lease:
     # Whether it took over is not known any more where that reply was lost: rather say so once too often.
-    lease = _lease(request, row, row.fencing_token, taken_over=row.crashes > 0)
-    is_old = row.lease_left < request.policy.lease * 2 / 3
-    return None if is_old and not renew(sql, connection, [lease]) else Granted(lease)
+    return _lease(request, row, row.fencing_token, taken_over=row.crashes > 0)
 
 
 def _take_over(sql: Statements, connection: Connection, request: ClaimRequest, row: AnyRow) -> ClaimAnswer | None:
@@ -127,7 +150,7 @@ def _taking(lease: Lease, row: AnyRow) -> dict[str, Any]:
         "new_crashes": lease.crashes,
         "new_generation": lease.generation,
     }
-    return place(lease.scope, lease.key) | seen(row) | _granted(lease.request) | new
+    return place(lease.scope, lease.key) | seen(row) | granting(lease.request) | new
 
 
 def _next_lease(request: ClaimRequest, row: AnyRow, **changed: Any) -> Lease:
@@ -189,8 +212,15 @@ def finish(
         row = _insert_finished(sql, connection, lease, outcome)
     if row is None or row.state not in ENDED:
         return Lost()
-    # The other state of our own claim is another outcome: that of a `finish_in`, say, whose handler failed after it.
-    return Recorded() if _obeys(row, lease) and row.state == outcome.state else _finished(row)
+    return Recorded() if has_ended_as(row, lease, outcome) else _finished(row)
+
+
+def has_ended_as(row: AnyRow | None, lease: Lease, outcome: EncodedOutcome) -> bool:
+    """Tell whether the record obeys the lease, and has this outcome.
+
+    The other state of our own claim is another outcome: that of a `finish_in`, say, whose handler failed after it.
+    """
+    return row is not None and _obeys(row, lease) and row.state == outcome.state
 
 
 def write_finish(sql: Statements, connection: Connection, lease: Lease, outcome: EncodedOutcome) -> bool:
@@ -248,8 +278,13 @@ def is_seen(sql: Statements, connection: Connection, lease: Lease) -> bool:
     if sql.kind == "sqlite":
         return connection.execute(sql.begin, values).rowcount == 1
     if sql.kind == "postgresql":
-        values["idle_milliseconds"] = str(min(round(lease.policy.max_hold * 1000), LONGEST_MILLISECONDS))
+        values |= longest_idle(lease.policy.max_hold)
     return connection.execute(sql.begin, values).first() is not None
+
+
+def longest_idle(max_hold: float) -> dict[str, Any]:
+    """Return the parameter that says for how long a transaction of the user's may do nothing on PostgreSQL."""
+    return {"idle_milliseconds": str(min(round(max_hold * 1000), _LONGEST_MILLISECONDS))}
 
 
 def look(sql: Statements, connection: Connection, lease: Lease) -> Recorded | Finished | Lost | None:
@@ -257,7 +292,11 @@ def look(sql: Statements, connection: Connection, lease: Lease) -> Recorded | Fi
 
     Waits for a commit that is under way, as long as statements wait for locks.
     """
-    row = connection.execute(sql.read_settled, place(lease.scope, lease.key)).one_or_none()
+    return how_it_ended(connection.execute(sql.read_settled, place(lease.scope, lease.key)).one_or_none(), lease)
+
+
+def how_it_ended(row: AnyRow | None, lease: Lease) -> Recorded | Finished | Lost | None:
+    """Tell by the record how a transaction under this lease ended."""
     if row is None:
         return Lost()
     if row.state in ENDED:
@@ -328,7 +367,8 @@ def _fitting(traceparent: str | None) -> str | None:
     return traceparent if traceparent is None or len(traceparent) <= TRACEPARENT_CHARACTERS else None
 
 
-def _granted(request: ClaimRequest) -> dict[str, Any]:
+def granting(request: ClaimRequest) -> dict[str, Any]:
+    """Return the parameters that write whose claim is granted."""
     policy = request.policy
     return {
         "new_owner": request.owner,

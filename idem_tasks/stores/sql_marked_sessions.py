@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from idem_tasks.errors import ConfigurationError
 from idem_tasks.stores.base import MarkPlace
-from idem_tasks.stores.sql_claims import LONGEST_MILLISECONDS
+from idem_tasks.stores.sql_claims import longest_idle
 from idem_tasks.stores.sql_sessions import GuardedTransaction
 from idem_tasks.stores.sql_statements import Statements
 from idem_tasks.stores.sql_watermarks import parameters
@@ -42,7 +42,7 @@ class MarkedTransaction(GuardedTransaction):
     def _see(self, sql: Statements, connection: Connection) -> bool:
         statements, values = sql.watermarks, parameters(self._place)
         if sql.kind == "postgresql":
-            values["idle_milliseconds"] = str(min(round(self._max_hold * 1000), LONGEST_MILLISECONDS))
+            values |= longest_idle(self._max_hold)
         # SQLite begins by writing, which takes the write lock at once: see Statements.begin.
         row = None if sql.kind == "sqlite" else connection.execute(statements.lock, values).one_or_none()
         if row is None:
@@ -57,4 +57,6 @@ class MarkedTransaction(GuardedTransaction):
         False, and nothing is committed, where somebody else has moved it since: the row was not locked any more.
         """
         values = parameters(self._place) | {"seen_offset": offset, "new_offset": offset + 1}
-        return await self.finish(lambda sql, connection: connection.execute(sql.watermarks.move, values).rowcount == 1)
+        return all(
+            await self.finish(lambda sql, connection: [connection.execute(sql.watermarks.move, values).rowcount == 1])
+        )

@@ -6,7 +6,7 @@ Written once, as plain functions of a `Session`: called directly, or through `As
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionm
 from idem_tasks.claims import EncodedOutcome, Finished, Lease, Lost, Recorded
 from idem_tasks.errors import ConfigurationError, StoreError
 from idem_tasks.runtime import interruption_in
-from idem_tasks.stores import sql_claims, sql_errors
+from idem_tasks.stores import sql_batches, sql_errors
 from idem_tasks.stores.base import RuntimeName
 from idem_tasks.stores.sql_errors import Fault
 from idem_tasks.stores.sql_statements import Statements
@@ -330,14 +330,14 @@ class GuardedTransaction(UnfencedTransaction):
 
     # Commit
 
-    async def finish(self, write: Callable[[Statements, Connection], bool]) -> bool:
-        """Write what is ours as the last thing and commit; False, and nothing is committed, if that says so."""
+    async def finish(self, write: Callable[[Statements, Connection], list[bool]]) -> list[bool]:
+        """Write what is ours as the last thing and commit, unless any of it could not be written, as `write` tells."""
         if self._refused is not None:
             raise self._refused
         self.commit_begun = True
         return await self._do(partial(self._commit, write))
 
-    def _commit(self, write: Callable[[Statements, Connection], bool], session: Session) -> bool:
+    def _commit(self, write: Callable[[Statements, Connection], list[bool]], session: Session) -> list[bool]:
         before = sys.exception()
         try:
             session.flush()
@@ -345,8 +345,9 @@ class GuardedTransaction(UnfencedTransaction):
             refuse_remainder(connection)
             had_error(connection)  # what was before the finish is told by the finish
             with without_parameters():
-                if not write(self._statements(connection), connection):
-                    return False
+                written = write(self._statements(connection), connection)
+            if not all(written):
+                return written
             self.may_be_committed = True
             session.commit()
         except SQLAlchemyError as error:
@@ -357,7 +358,7 @@ class GuardedTransaction(UnfencedTransaction):
             if sql_errors.fault_of(error) is not Fault.UNAVAILABLE:
                 raise
             raise self._explained(error) from error
-        return True
+        return written
 
     @property
     def is_cut_off(self) -> bool:
@@ -425,47 +426,65 @@ class GuardedTransaction(UnfencedTransaction):
 
 
 class FencedTransaction(GuardedTransaction):
-    """A session in which the handler's writes and its outcome are committed together, under the fence of a lease."""
+    """A session in which the handler's writes and its outcomes are committed together, each under its lease's fence.
+
+    The verbs of `Transaction` are for one lease, which is nearly always so; those of `BatchTransaction` for any number.
+    """
 
     def __init__(
         self,
         sessions: Sessions,
         given: Any,
         *,
-        lease: Lease,
+        leases: Sequence[Lease],
         table: Table,
         address: str,
         statements: Callable[[Connection], Statements],
-        look: Callable[[], Awaitable[Recorded | Finished | Lost | None]],
+        look: Callable[[], Awaitable[list[Recorded | Finished | Lost | None]]],
     ) -> None:
         super().__init__(sessions, given, table=table, address=address, statements=statements)
-        self._lease = lease
+        self._leases = leases
         self._look = look
 
     async def begin(self) -> Finished | Lost | None:
         """Begin, and see to it that the record is there under this claim; tell who has it if it is not."""
+        [answer] = await self.begin_all()
+        return answer
+
+    async def begin_all(self) -> list[Finished | Lost | None]:
+        """Begin, and see to it that all records are there under their claims; tell who has those that are not."""
         await super().begin()
         seen, bound_to = await self._do(self._begin)
         if seen:
-            return None
+            return [None] * len(self._leases)
         await self.roll_back(throw_away=False)
-        answer = await self._look()
-        if answer is None:
+        answers = await self._look()
+        if all(answer is None for answer in answers):
             raise ConfigurationError(
                 f"session= is bound to {bound_to}, and the records are in {self._address}: "
                 "they have to be in one database, or they cannot be committed together"
             )
-        return Lost() if isinstance(answer, Recorded) else answer
+        return [Lost() if isinstance(answer, Recorded) else answer for answer in answers]
 
     def _see(self, sql: Statements, connection: Connection) -> bool:
-        return sql_claims.is_seen(sql, connection, self._lease)
+        return sql_batches.are_seen(sql, connection, self._leases)
 
     async def commit(self, outcome: EncodedOutcome) -> bool:
         """Write the outcome as the last thing and commit; False, and nothing is committed, if the fence missed."""
-        return await self.finish(lambda sql, connection: sql_claims.write_finish(sql, connection, self._lease, outcome))
+        return all(await self.commit_all([outcome]))
+
+    async def commit_all(self, outcomes: Sequence[EncodedOutcome]) -> list[bool]:
+        """Write the outcomes as the last thing and commit, unless a fence missed; tells of each whether it held."""
+        finished = list(zip(self._leases, outcomes, strict=True))
+        return await self.finish(lambda sql, connection: sql_batches.write_finishes(sql, connection, finished))
 
     async def look(self) -> Recorded | Finished | Lost | None:
         """Tell, on a connection of the store's own, how this ended; None: nothing is committed, the claim stands."""
+        [answer] = await self.look_all()
+        return answer
+
+    async def look_all(self) -> list[Recorded | Finished | Lost | None]:
+        """Tell of each what `look` tells of one."""
         return await self._look()
 
 

@@ -6,7 +6,7 @@ to find, `new_` for what it writes, and otherwise have names of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
@@ -45,7 +45,16 @@ from sqlalchemy.types import TypeEngine
 
 from idem_tasks.claims import State
 from idem_tasks.stores.schema import audit_table, outbox_table, records_table, steps_table, watermarks_table
-from idem_tasks.stores.sql_clock import after, after_seconds, clock_microseconds, later_of, now, seconds_until
+from idem_tasks.stores.sql_batch_statements import BatchStatements
+from idem_tasks.stores.sql_clock import (
+    Seconds,
+    after,
+    after_seconds,
+    clock_microseconds,
+    later_of,
+    now,
+    seconds_until,
+)
 from idem_tasks.stores.sql_outbox import OutboxStatements
 from idem_tasks.stores.sql_watermarks import WatermarkStatements
 
@@ -70,7 +79,8 @@ def statements_for(kind: Kind, schema: str | None, prefix: str) -> Statements:
 class Statements:
     """The statements for the records in one table on one kind of database.
 
-    `outbox` are those for their messages, `watermarks` those for the marks of partitions.
+    `outbox` are those for their messages, `batches` those for many records at once, `watermarks` those for the marks of
+    partitions.
     """
 
     def __init__(self, kind: Kind, table: Table, steps: Table, audit: Table, outbox: Table, marks: Table) -> None:
@@ -89,7 +99,8 @@ class Statements:
             table.c.fencing_token == bindparam("seen_token"),
             table.c.owner == bindparam("seen_owner"),
         )
-        self.at_fence = and_(of_claim, _is_any_of(table.c.state, FENCED))
+        self.is_fenced = _is_any_of(table.c.state, FENCED)
+        self.at_fence = and_(of_claim, self.is_fenced)
         """Where the record obeys the claim, be it that somebody doubts it."""
         self.at_running_fence = and_(of_claim, table.c.state == State.RUNNING)
         self._held = and_(table.c.state == State.RUNNING, table.c.lease_expires_at > now())
@@ -99,12 +110,13 @@ class Statements:
         self._make_admin()
         self.outbox = OutboxStatements(kind, outbox, self.finish, self.insert_finished)
         self.watermarks = WatermarkStatements(kind, marks)
+        self.batches = BatchStatements(self)
 
     # Claim
 
     def _make_claim(self) -> None:
         c = self._columns
-        answer = (
+        self.known = (
             c.state,
             c.fencing_token,
             c.owner,
@@ -121,32 +133,13 @@ class Statements:
             c.traceparent,
             seconds_until(c.lease_expires_at).label("lease_left"),
             seconds_until(c.expires_at).label("retention_left"),
-            clock_microseconds().label("clock"),
         )
+        """What a claim has to know of a record to be answered."""
+        answer = (*self.known, clock_microseconds().label("clock"))
         self.read = select(*answer).where(self.at_place)
         """The record as a claim sees it."""
-
-        granted = {
-            "state": literal(State.RUNNING.value),
-            "owner": self._new("owner"),
-            "fingerprint": self._new("fingerprint"),
-            "lease_expires_at": after_seconds("lease"),
-            "holder": self._new("holder"),
-            "updated_at": now(),
-            "expires_at": after_seconds("lifetime"),
-            "traceparent": self._new("traceparent"),
-        }
-        first = {
-            "scope": bindparam("at_scope", type_=c.scope.type),
-            "key": bindparam("at_key", type_=c.key.type),
-            **granted,
-            "fencing_token": clock_microseconds(),
-            "attempts": literal(1, Integer),
-            "failures": literal(0, Integer),
-            "crashes": literal(0, Integer),
-            "created_at": now(),
-            "generation": literal(1, Integer),
-        }
+        granted = self._granted(self._given)
+        first = self.first(self._given)
         self.claim: Executable
         """Inserts a running record unless there is one, and returns (MySQL: only inserts) what is there now.
 
@@ -214,8 +207,49 @@ class Statements:
         )
         """Puts a dead claim in doubt or parks it; its token and owner stay, so that a late finish ends the doubt."""
 
+    def first(self, given: Callable[[str], ColumnElement[Any]]) -> dict[str, ColumnElement[Any]]:
+        """Return the values of a first claim's record; `given` returns what its request says, by a parameter's name."""
+        return {
+            "scope": given("at_scope"),
+            "key": given("at_key"),
+            **self._granted(given),
+            "fencing_token": clock_microseconds(),
+            "attempts": literal(1, Integer),
+            "failures": literal(0, Integer),
+            "crashes": literal(0, Integer),
+            "created_at": now(),
+            "generation": literal(1, Integer),
+        }
+
+    def _granted(self, given: Callable[[str], ColumnElement[Any]]) -> dict[str, ColumnElement[Any]]:
+        return {
+            "state": literal(State.RUNNING.value),
+            "owner": given("new_owner"),
+            "fingerprint": given("new_fingerprint"),
+            "lease_expires_at": after(given("lease")),
+            "holder": given("new_holder"),
+            "updated_at": now(),
+            "expires_at": after(given("lifetime")),
+            "traceparent": given("new_traceparent"),
+        }
+
+    def ended(self, given: Callable[[str], ColumnElement[Any]]) -> dict[str, ColumnElement[Any]]:
+        """Return what a finish writes; `given` as in `first`."""
+        names = ("state", "outcome", "codec", "not_kept", "error_type", "error_message", "attention")
+        return {name: given(f"new_{name}") for name in names} | {
+            "completed_at": now(),
+            "updated_at": now(),
+            # Set when it was granted; changes, and is no HOT update, only after a very long run (F61).
+            "expires_at": later_of(self._columns.expires_at, after(given("retention"))),
+        }
+
+    def _given(self, name: str) -> ColumnElement[Any]:
+        """Return the parameter of this name, of the type of the column that its name ends with."""
+        column_name = name.removeprefix("at_").removeprefix("new_")
+        return bindparam(name, type_=Seconds() if column_name == name else self._columns[column_name].type)
+
     def _new(self, name: str) -> ColumnElement[Any]:
-        return bindparam(f"new_{name}", type_=self._columns[name].type)
+        return self._given(f"new_{name}")
 
     def _unless_there(self, values: dict[str, Any]) -> Insert:
         if self.kind == "postgresql":
@@ -229,16 +263,7 @@ class Statements:
 
     def _make_fenced(self) -> None:
         c = self._columns
-        outcome = {
-            name: self._new(name)
-            for name in ("state", "outcome", "codec", "not_kept", "error_type", "error_message", "attention")
-        }
-        ended = outcome | {
-            "completed_at": now(),
-            "updated_at": now(),
-            # Set when it was granted; changes, and is no HOT update, only after a very long run (F61).
-            "expires_at": later_of(c.expires_at, after_seconds("retention")),
-        }
+        ended = self.ended(self._given)
         self.finish: Update = update(self.table).where(self.at_fence).values(ended)
         self._make_sessions()
         self.insert_finished = self._unless_there(
@@ -300,16 +325,18 @@ class Statements:
         """
         self.read_settled: Select[Any]
         """The record as it is once a commit that is under way has ended."""
+        self.settings_of_sessions: list[ColumnElement[Any]] = []
+        """What such a transaction sets as it begins."""
+        if self.kind == "postgresql":
+            # A worker that is paused in mid-transaction must not keep its locks for ever.
+            limit = bindparam("idle_milliseconds", type_=Text())
+            setting = func.set_config("idle_in_transaction_session_timeout", limit, literal_column("true"))
+            self.settings_of_sessions.append(setting)
         if self.kind == "sqlite":
             self.begin = update(self.table).where(self.at_fence).values(owner=self._columns.owner)
             self.read_settled = self.read
         else:
-            settings: list[ColumnElement[Any]] = []
-            if self.kind == "postgresql":
-                # A worker that is paused in mid-transaction must not keep its locks for ever.
-                limit = bindparam("idle_milliseconds", type_=Text())
-                settings.append(func.set_config("idle_in_transaction_session_timeout", limit, literal_column("true")))
-            self.begin = select(self._columns.state, *settings).where(self.at_fence)
+            self.begin = select(self._columns.state, *self.settings_of_sessions).where(self.at_fence)
             self.read_settled = self.read.with_for_update()
 
     # Renew

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from idem_tasks.claims import (
     AuditEntry,
@@ -35,7 +35,11 @@ from idem_tasks.claims import (
 from idem_tasks.errors import IdemTasksError, StoreConfigurationError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer, EventName
 from idem_tasks.stores.base import (
+    BatchMarker,
+    BatchStore,
+    BatchTransaction,
     Marker,
+    MarkerAnswer,
     MarkerFinished,
     MarkerPending,
     MarkerRunning,
@@ -45,7 +49,9 @@ from idem_tasks.stores.base import (
     RuntimeName,
     SessionSource,
     Transaction,
+    UserTransaction,
     Watermarks,
+    batch_transaction_of,
     journal_of,
     outbox_of,
     sql_records,
@@ -67,6 +73,7 @@ class TieredStore:
     def __init__(self, marker: Marker, record: RecordTier) -> None:
         self._marker = marker
         self._record = record
+        self._can_batch = hasattr(marker, "take_batch") and hasattr(record, "claim_batch")
         self._announce = Announcer(())
         self._siblings: dict[RuntimeName, TieredStore] = {}
 
@@ -160,6 +167,45 @@ class TieredStore:
             fencing_token=pending.fencing_token,
         )
 
+    async def claim_batch(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
+        """Ask the marker of all, and the record of those of which the marker knows nothing, each in one round trip.
+
+        None for what is to be claimed by itself: what the record leaves, a pending outcome, a marker that cannot be
+        read; and for all where a tier has no such verbs.
+        """
+        if not (self._can_batch and requests):
+            return [None] * len(requests)
+        try:
+            seen = await self._markers.take_batch(requests)
+        except StoreConfigurationError:
+            raise
+        except StoreError as error:
+            self._marker_failed(error)
+            if any(request.policy.on_marker_unavailable == "raise" for request in requests):
+                await self._give_back_batch(requests)
+                raise StoreUnavailableError(
+                    f"the markers cannot be taken ({error}), and the policy is on_marker_unavailable='raise'"
+                ) from error
+            # As in `claim`: one of them may have taken effect, or do so at any later time.
+            return await self._claim_records([replace(request, take=None) for request in requests])
+        taken = [request for request, answer in zip(requests, seen, strict=True) if isinstance(answer, MarkerTaken)]
+        claimed = iter(await self._claim_records(taken))
+        return [next(claimed) if isinstance(answer, MarkerTaken) else _known(answer) for answer in seen]
+
+    async def _claim_records(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
+        """Claim these records; publish what is finished in our markers' place, and take those of the rest away."""
+        if not requests:
+            return []
+        try:
+            answers = await self._records.claim_batch(requests)
+        except IdemTasksError:
+            await self._give_back_batch(requests)
+            raise
+        pairs = list(zip(requests, answers, strict=True))
+        await self._publish_batch([(request, answer) for request, answer in pairs if isinstance(answer, Finished)])
+        await self._give_back_batch([each for each, answer in pairs if not isinstance(answer, Granted | Finished)])
+        return answers
+
     async def decide(
         self, dead: Lease, request: ClaimRequest, outcome: EncodedOutcome | None
     ) -> Granted | Finished | Lost:
@@ -207,9 +253,55 @@ class TieredStore:
         await self._follow(lease, outcome, answer)
         return answer
 
+    async def finish_batch(self, finished: Sequence[tuple[Lease, EncodedOutcome]]) -> list[Recorded | None]:
+        """Record the outcomes, then let the markers answer with those that are, each in one round trip.
+
+        None for one whose fence missed, whose marker is left as it is; and for all where a tier has no such verbs.
+        """
+        if not (self._can_batch and finished):
+            return [None] * len(finished)
+        answers = await self._records.finish_batch(finished)
+        await self._publish_batch(
+            [
+                (lease.request, _recorded(lease, outcome))
+                for (lease, outcome), answer in zip(finished, answers, strict=True)
+                if answer is not None
+            ]
+        )
+        return answers
+
     def transaction(self, lease: Lease, source: SessionSource, given: Any) -> Transaction:
         """Return the record's transaction, which the marker follows; `ConfigurationError` where it has none."""
         return _FollowedTransaction(transaction_of(self._record, lease, source, given), partial(self._follow, lease))
+
+    def batch_transaction(self, leases: Sequence[Lease], source: SessionSource, given: Any) -> BatchTransaction:
+        """Return the record's transaction for many claims, which the markers follow, as `transaction` does."""
+        transaction = batch_transaction_of(self._record, leases, source, given)
+        return _FollowedBatch(transaction, len(leases), partial(self._follow_all, leases))
+
+    async def _follow_all(
+        self,
+        leases: Sequence[Lease],
+        outcomes: Sequence[EncodedOutcome],
+        answers: Sequence[Recorded | Finished | Lost | None],
+    ) -> None:
+        """Let the markers say what the records say, where that is known."""
+        known = [
+            (lease, outcome, answer)
+            for lease, outcome, answer in zip(leases, outcomes, answers, strict=True)
+            if answer is not None
+        ]
+        if not self._can_batch:
+            for each in known:
+                await self._follow(*each)
+            return
+        told = [
+            (lease.request, answer if isinstance(answer, Finished) else _recorded(lease, outcome))
+            for lease, outcome, answer in known
+            if not isinstance(answer, Lost)
+        ]
+        await self._publish_batch(told)
+        await self._give_back_batch([lease.request for lease, _, answer in known if isinstance(answer, Lost)])
 
     def finish_in(self, connection: Any, lease: Lease, outcome: EncodedOutcome) -> bool:
         """Write the outcome of the record in a transaction of the user's; the marker follows when it is looked at."""
@@ -226,14 +318,7 @@ class TieredStore:
         """Let the marker say what the record says."""
         match answer:
             case Recorded():
-                finished = Finished(
-                    outcome=replace(outcome, messages=()),  # they are in the outbox: a duplicate sends none
-                    fingerprint=lease.request.fingerprint,
-                    expires_in=lease.policy.retention,
-                    fencing_token=lease.fencing_token,
-                    traceparent=lease.request.traceparent,
-                )
-                await self._publish(lease.request, finished)
+                await self._publish(lease.request, _recorded(lease, outcome))
             case Finished():
                 await self._publish(lease.request, answer)
             case Lost():  # pragma: no branch - there is no other answer
@@ -343,6 +428,30 @@ class TieredStore:
             with self._marker_may_fail(request.scope, request.key):
                 await self._marker.publish(request, finished, ttl)
 
+    async def _publish_batch(self, finished: Sequence[tuple[ClaimRequest, Finished]]) -> None:
+        lasting = [
+            (request, each, ttl)
+            for request, each in finished
+            if (ttl := min(request.policy.cache_ttl, each.expires_in)) > 0
+        ]
+        if not lasting:
+            return
+        with self._marker_may_fail("", ""):
+            await self._markers.publish_batch(lasting)
+
+    async def _give_back_batch(self, requests: Sequence[ClaimRequest]) -> None:
+        if requests:
+            with self._marker_may_fail("", ""):
+                await self._markers.give_back_batch(requests)
+
+    @property
+    def _markers(self) -> BatchMarker:
+        return cast(BatchMarker, self._marker)
+
+    @property
+    def _records(self) -> BatchStore:
+        return cast(BatchStore, self._record)
+
     async def _give_back(self, scope: str, key: str, owner: str) -> None:
         with self._marker_may_fail(scope, key):
             await self._marker.give_back(scope, key, owner)
@@ -369,17 +478,33 @@ class TieredStore:
         self._announce(EventName.MARKER_UNAVAILABLE, scope, key, error=str(error))
 
 
-class _FollowedTransaction:
+def _known(answer: MarkerAnswer | None) -> ClaimAnswer | None:
+    """What a marker that is not ours answers a claim of many with; None: not without the record."""
+    match answer:
+        case MarkerRunning(retry_after):
+            return InProgress(retry_after)
+        case MarkerFinished(finished):
+            return finished
+    return None
+
+
+def _recorded(lease: Lease, outcome: EncodedOutcome) -> Finished:
+    """Return our own outcome as a duplicate is told of it."""
+    return Finished(
+        # Its messages are in the outbox: a duplicate sends none.
+        outcome=replace(outcome, messages=()) if outcome.messages else outcome,
+        fingerprint=lease.request.fingerprint,
+        expires_in=lease.policy.retention,
+        fencing_token=lease.fencing_token,
+        traceparent=lease.request.traceparent,
+    )
+
+
+class _Followed:
     """A transaction of the record tier, after which the marker answers with its outcome."""
 
-    def __init__(
-        self,
-        transaction: Transaction,
-        follow: Callable[[EncodedOutcome, Recorded | Finished | Lost], Awaitable[None]],
-    ) -> None:
+    def __init__(self, transaction: UserTransaction) -> None:
         self._transaction = transaction
-        self._follow = follow
-        self._outcome = EncodedOutcome()
 
     @property
     def session(self) -> Any:
@@ -397,20 +522,8 @@ class _FollowedTransaction:
     def is_cut_off(self) -> bool:
         return self._transaction.is_cut_off
 
-    async def begin(self) -> Finished | Lost | None:
-        return await self._followed(await self._transaction.begin())
-
-    async def commit(self, outcome: EncodedOutcome) -> bool:
-        self._outcome = outcome
-        is_committed = await self._transaction.commit(outcome)
-        await self._followed(Recorded() if is_committed else None)
-        return is_committed
-
     async def roll_back(self, *, throw_away: bool) -> None:
         await self._transaction.roll_back(throw_away=throw_away)
-
-    async def look(self) -> Recorded | Finished | Lost | None:
-        return await self._followed(await self._transaction.look())
 
     async def close(self) -> None:
         await self._transaction.close()
@@ -418,13 +531,71 @@ class _FollowedTransaction:
     def is_conflict(self, error: BaseException) -> bool:
         return self._transaction.is_conflict(error)
 
+
+class _FollowedTransaction(_Followed):
+    """That of one claim."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        follow: Callable[[EncodedOutcome, Recorded | Finished | Lost], Awaitable[None]],
+    ) -> None:
+        super().__init__(transaction)
+        self._of_record = transaction
+        self._follow = follow
+        self._outcome = EncodedOutcome()
+
+    async def begin(self) -> Finished | Lost | None:
+        return await self._followed(await self._of_record.begin())
+
+    async def commit(self, outcome: EncodedOutcome) -> bool:
+        self._outcome = outcome
+        is_committed = await self._of_record.commit(outcome)
+        await self._followed(Recorded() if is_committed else None)
+        return is_committed
+
+    async def look(self) -> Recorded | Finished | Lost | None:
+        return await self._followed(await self._of_record.look())
+
     def check_steps(self) -> None:
-        self._transaction.check_steps()
+        self._of_record.check_steps()
 
     def untouched(self) -> contextlib.AbstractContextManager[None]:
-        return self._transaction.untouched()
+        return self._of_record.untouched()
 
     async def _followed(self, answer: A) -> A:
         if answer is not None:
             await self._follow(self._outcome, answer)
         return answer
+
+
+class _FollowedBatch(_Followed):
+    """That of many claims."""
+
+    def __init__(
+        self,
+        transaction: BatchTransaction,
+        number: int,
+        follow: Callable[[Sequence[EncodedOutcome], Sequence[Recorded | Finished | Lost | None]], Awaitable[None]],
+    ) -> None:
+        super().__init__(transaction)
+        self._of_records = transaction
+        self._follow = follow
+        self._outcomes: Sequence[EncodedOutcome] = [EncodedOutcome()] * number
+
+    async def begin_all(self) -> list[Finished | Lost | None]:
+        answers = await self._of_records.begin_all()
+        await self._follow(self._outcomes, answers)
+        return answers
+
+    async def commit_all(self, outcomes: Sequence[EncodedOutcome]) -> list[bool]:
+        self._outcomes = outcomes
+        held = await self._of_records.commit_all(outcomes)
+        if all(held):
+            await self._follow(outcomes, [Recorded()] * len(held))
+        return held
+
+    async def look_all(self) -> list[Recorded | Finished | Lost | None]:
+        answers = await self._of_records.look_all()
+        await self._follow(self._outcomes, answers)
+        return answers

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from idem_tasks.testing.batch_contract import BatchContract, BatchMarkerContract
     from idem_tasks.testing.clock import ManualClock
     from idem_tasks.testing.contract import RecordTierContract, StoreContract
     from idem_tasks.testing.driver import Driver
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from idem_tasks.testing.step_contract import StepContract
 
 __all__ = [
+    "BatchContract",
+    "BatchMarkerContract",
     "Driver",
     "IdempotencyReport",
     "ManualClock",
@@ -38,6 +41,7 @@ with contextlib.suppress(ImportError):
     import pytest
 
     pytest.register_assert_rewrite(
+        "idem_tasks.testing.batch_contract",
         "idem_tasks.testing.contract",
         "idem_tasks.testing.marker_contract",
         "idem_tasks.testing.outbox_contract",
@@ -46,6 +50,8 @@ with contextlib.suppress(ImportError):
 
 # Imported when they are first named: the pytest plugin is loaded in every run, also by those who use none of them.
 _ON_DEMAND = {
+    "BatchContract": "batch_contract",
+    "BatchMarkerContract": "batch_contract",
     "Driver": "driver",
     "IdempotencyReport": "report",
     "ManualClock": "clock",

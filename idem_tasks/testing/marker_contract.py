@@ -82,8 +82,8 @@ class MarkerInUse:
         self.driver.pause(seconds + 0.1)
 
 
-class MarkerContract:
-    """What a marker tier promises; a subclass gives the marker."""
+class MarkerSuite:
+    """The fixtures of all suites for marker tiers; a subclass gives the marker."""
 
     runtimes: tuple[RuntimeName, ...] = ("blocking", "asyncio")
     """The runtimes to test it in."""
@@ -113,6 +113,10 @@ class MarkerContract:
             use = MarkerInUse(marker, driver)
             yield use
             driver(use.marker.close())
+
+
+class MarkerContract(MarkerSuite):
+    """What a marker tier promises; a subclass gives the marker."""
 
     def test_a_free_key_is_taken(self, use: MarkerInUse) -> None:
         """The first to take a key has it; the next learns how long."""

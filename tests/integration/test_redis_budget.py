@@ -129,6 +129,32 @@ def test_any_number_of_markers_is_renewed_in_one_round_trip(costs: Costs) -> Non
     costs(costs.store.renew([], lambda _: True), cost=0)
 
 
+def test_any_number_is_taken_published_and_given_back_in_one_round_trip(costs: Costs) -> None:
+    """A batch is one of each, whatever it meets, and no key is left without an end; none is no round trip at all."""
+    store = costs.store
+    requests = [request(f"key {number}") for number in range(100)]
+    assert costs(store.take_batch(requests)) == [MarkerTaken()] * 100
+    answers = costs(store.take_batch([request(each.key) for each in requests]))
+    assert all(isinstance(answer, MarkerRunning) for answer in answers)
+    costs(store.publish_batch([(each, Finished(DONE, None, 3600.0), 60.0) for each in requests[:50]]))
+    costs(store.give_back_batch(requests))
+    assert len(costs.lifetimes()) == 50
+    for verb in (store.take_batch, store.publish_batch, store.give_back_batch):
+        costs(verb([]), cost=0)
+
+
+def test_any_number_of_records_is_claimed_and_finished_in_one_round_trip(costs: Costs) -> None:
+    """Each of a batch lives as one that was claimed and finished by itself."""
+    asked = [request(f"key {number}", max_hold=60.0, retention=3600.0) for number in range(50)]
+    answers = costs(costs.store.claim_batch(asked))
+    assert costs.lifetimes() == pytest.approx([YEAR] * 50, abs=60)
+    finished = [(answer.lease, DONE) for answer in answers]
+    assert costs(costs.store.finish_batch(finished)) == [Recorded()] * 50
+    assert costs.lifetimes() == pytest.approx([3660] * 50, abs=60)
+    costs(costs.store.claim_batch([]), cost=0)
+    costs(costs.store.finish_batch([]), cost=0)
+
+
 def test_a_shorter_time_than_a_millisecond_is_one(costs: Costs) -> None:
     """Redis refuses a time to live of 0; nothing is ever rounded down to it."""
     owner = request()

@@ -12,8 +12,9 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_
 from idem_tasks.claims import EncodedOutcome, OutboxMessage
 from idem_tasks.stores.base import RuntimeName
 from idem_tasks.stores.sql import SQLStore
+from idem_tasks.testing.batch_contract import BatchInUse
 from idem_tasks.testing.driver import Driver
-from idem_tasks.testing.store_in_use import SHORT, StoreInUse
+from idem_tasks.testing.store_in_use import DONE, SHORT, StoreInUse
 from tests.integration.sql_proxy import Proxy
 from tests.services.mariadb_server import MariaDBServer
 from tests.services.postgres_server import PostgresServer
@@ -96,6 +97,31 @@ def renewal_of_three(use: StoreInUse, key: str) -> Callable[[], object]:
 
 
 @case
+def first_claims_of_ten(use: StoreInUse, key: str) -> Callable[[], object]:
+    return partial(in_batches(use).claim, [use.request(f"{key}-{number}") for number in range(10)])
+
+
+@case
+def finishes_of_ten(use: StoreInUse, key: str) -> Callable[[], object]:
+    leases = in_batches(use).granted(*(f"{key}-{number}" for number in range(10)))
+    return partial(in_batches(use).finish, *((lease, DONE) for lease in leases))
+
+
+@case
+def duplicates_of_ten(use: StoreInUse, key: str) -> Callable[[], object]:
+    leases = in_batches(use).granted(*(f"{key}-{number}" for number in range(10)))
+    in_batches(use).finish(*((lease, DONE) for lease in leases[:5]))
+    return partial(in_batches(use).claim, [use.request(lease.key) for lease in leases])
+
+
+@case
+def finishes_of_ten_of_which_one_is_superseded(use: StoreInUse, key: str) -> Callable[[], object]:
+    leases = in_batches(use).granted(*(f"{key}-{number}" for number in range(10)))
+    use.release(leases[3])
+    return partial(in_batches(use).finish, *((lease, DONE) for lease in leases))
+
+
+@case
 def begin_of_a_step(use: StoreInUse, key: str) -> Callable[[], object]:
     return partial(use.begin_step, use.granted(key))
 
@@ -129,6 +155,10 @@ def purge(use: StoreInUse, key: str) -> Callable[[], object]:
     return use.purge
 
 
+def in_batches(use: StoreInUse) -> BatchInUse:
+    return BatchInUse(use)
+
+
 POSTGRES = {
     "first_claim": (1, 1),
     "finish": (1, 1),
@@ -141,6 +171,10 @@ POSTGRES = {
     "put_in_doubt": (2, 1),
     "superseded_finish": (2, 0),
     "renewal_of_three": (1, 1),
+    "first_claims_of_ten": (1, 1),
+    "finishes_of_ten": (1, 1),
+    "duplicates_of_ten": (1, 0),
+    "finishes_of_ten_of_which_one_is_superseded": (1, 1),
     "begin_of_a_step": (1, 1),
     "finish_of_a_step": (1, 1),
     "replay_of_a_step": (1, 1),
@@ -159,6 +193,9 @@ MARIADB = POSTGRES | {
     "put_in_doubt": (2, 2),
     "superseded_finish": (2, 1),
     "renewal_of_three": (4, 1),
+    "duplicates_of_ten": (1, 1),
+    # The server counts those that it wrote; which ones, it has to be asked.
+    "finishes_of_ten_of_which_one_is_superseded": (2, 1),
     "purge": (5, 1),
 }
 SQLITE = POSTGRES | {
@@ -168,6 +205,9 @@ SQLITE = POSTGRES | {
     "claim_of_released": (3, 1),
     "takeover": (3, 1),
     "put_in_doubt": (3, 1),
+    "finishes_of_ten": (12, 1),
+    "duplicates_of_ten": (2, 0),
+    "finishes_of_ten_of_which_one_is_superseded": (12, 1),
     "replay_of_a_step": (1, 0),
     "purge": (4, 1),
 }
@@ -280,10 +320,12 @@ def test_a_finish_is_a_hot_update_on_postgres(postgres_url: str) -> None:
             lease = use.granted(str(number))
             use.renew(lease)
             use.finish(lease)
+        leases = in_batches(use).granted(*(f"of-a-batch-{number:02}" for number in range(20)))
+        in_batches(use).finish(*((lease, DONE) for lease in leases))
     # Connections tell their statistics when they end.
     updates = text("SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'idem_tasks_records'")
     with watching(postgres_url) as watcher:
-        assert tuple(watcher.execute(updates).one()) == (40, 40)
+        assert tuple(watcher.execute(updates).one()) == (60, 60)
 
 
 def test_statements_are_built_once(postgres_url: str) -> None:
@@ -291,8 +333,16 @@ def test_statements_are_built_once(postgres_url: str) -> None:
     with in_use(postgres_url, "blocking") as use:
         for number in range(2):
             use.finish(use.granted(str(number)))
+            finish_many(use, number)
         engine = use.store._clients["blocking"]._engine  # type: ignore[attr-defined]
         compiled = len(engine._compiled_cache)
         for number in range(2, 6):
             use.finish(use.granted(str(number)))
+            finish_many(use, number)
         assert len(engine._compiled_cache) == compiled
+
+
+def finish_many(use: StoreInUse, number: int) -> None:
+    """Claim and finish as many as this number says, and some more."""
+    leases = in_batches(use).granted(*(f"{number}-{each}" for each in range(number + 2)))
+    in_batches(use).finish(*((lease, DONE) for lease in leases))

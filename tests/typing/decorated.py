@@ -5,7 +5,7 @@ An `ignore` that is not needed is an error too, so each one says what a type che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import timedelta
 from typing import Any, assert_type
 
@@ -21,7 +21,9 @@ from idem_tasks import (
     Store,
     configure,
     current_claim,
+    current_claims,
     idempotency_of,
+    idempotent_batch,
     idempotent_task,
     log_event,
     store_from_url,
@@ -89,6 +91,60 @@ started_method: Callable[[str], Coroutine[Any, Any, int]] = Shop().charge_later
 assert_type(Shop().fixed("A-1"), int)
 assert_type(Shop.made("A-1"), int)
 Shop().charge(5)  # type: ignore[arg-type]
+
+
+# A handler of many messages returns a list or a mapping, and its caller gets a list.
+
+
+@idempotent_batch(key="{message}", scope=str, fingerprint=None, lease=60)
+def ship(orders: list[str]) -> list[int]:
+    return [len(order) for order in orders]
+
+
+@idempotent_batch(key=str)
+def ship_by_key(orders: list[str], *, session: object = None) -> dict[str, float | Exception]:
+    return dict.fromkeys(orders, 1.0)
+
+
+@idempotent_batch(key="{message[id]}")
+async def ship_later(orders: list[dict[str, str]]) -> Mapping[str, bool]:
+    return {order["id"]: True for order in orders}
+
+
+@idempotent_batch(key="{message[id]}")
+async def list_later(orders: list[dict[str, str]]) -> tuple[bool, ...]:
+    return tuple(True for _ in orders)
+
+
+assert_type(ship(["A"]), list[int])
+assert_type(ship_by_key(["A"]), list[float | Exception])
+ship("A")  # type: ignore[arg-type]
+idempotent_batch(key="{message}", fingerprint=["id"])  # type: ignore[arg-type]
+idempotent_batch(scope="s")  # type: ignore[call-arg]
+
+
+@idempotent_batch(key="{message}")  # type: ignore[arg-type]
+def ships_nothing(orders: list[str]) -> int:
+    return len(orders)
+
+
+async def batches() -> None:
+    assert_type(await ship_later([{"id": "A"}]), list[bool])
+    assert_type(await list_later([]), list[bool])
+    assert_type(await idem.arun_batch(ship_all_later, ["A"], scope="s", key=str), list[int])
+
+
+async def ship_all_later(orders: list[str]) -> list[int]:
+    return [len(order) for order in orders]
+
+
+def ship_all(orders: list[str]) -> dict[str, int]:
+    return {order: len(order) for order in orders}
+
+
+assert_type(idem.run_batch(ship_all, ["A"], scope="s", key="{message}"), list[int])
+idem.run_batch(ship_all, ["A"], scope="s")  # type: ignore[call-arg]
+assert_type(current_claims(), list[Claim])
 
 
 # The policy's fields are keywords with their types.

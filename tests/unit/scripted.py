@@ -49,6 +49,8 @@ class Scripted:
         self.real = real
         self.verbs: list[str] = []
         self.wandering = False
+        self.lacking: set[str] = set()
+        """Verbs that this store need not have, and has not."""
         self._plans: dict[tuple[str, str], list[Action]] = defaultdict(list)
         self._always: dict[tuple[str, str], Action] = {}
 
@@ -81,6 +83,8 @@ class Scripted:
         return self.real.outbox
 
     def __getattr__(self, verb: str) -> Any:
+        if verb in self.lacking:
+            raise AttributeError(verb)
         method = getattr(self.real, verb)
 
         async def scripted(*args: Any, **kwargs: Any) -> Any:
@@ -254,7 +258,7 @@ def world_on(monkeypatch: pytest.MonkeyPatch, runtime: RuntimeName, tiers: int) 
     """Make a world whose waiting moves its clocks, and whose heartbeat beats when the test says so."""
     with Driver(runtime) as driver:
         world = World(runtime, driver, tiers)
-        for module in ("task", "steps", "asking", "heartbeat", "claims"):
+        for module in ("batch", "task", "steps", "asking", "heartbeat", "claims"):
             monkeypatch.setattr(f"idem_tasks.{module}.deadline_clock", world.local)
 
         async def sleep(_: object, seconds: float) -> None:

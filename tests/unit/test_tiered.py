@@ -434,3 +434,181 @@ def test_an_outcome_whose_time_is_over_is_not_published(tiers: Tiers) -> None:
     assert answer.expires_in == 0
     assert "marker.publish" not in tiers.verbs()
     assert tiers.standing() is None
+
+
+# Many at once.
+
+
+def batch(tiers: Tiers, *keys: str, **policy: Any) -> list[ClaimRequest]:
+    return [replace(tiers.request(**policy), key=key) for key in keys]
+
+
+def claim_batch(tiers: Tiers, requests: list[ClaimRequest]) -> list[Any]:
+    return run_sync(tiers.store.claim_batch(requests))
+
+
+def granted_batch(tiers: Tiers, *keys: str, **policy: Any) -> list[Lease]:
+    leases = [answer.lease for answer in claim_batch(tiers, batch(tiers, *keys, **policy))]
+    tiers.verbs()
+    return leases
+
+
+def finish_batch(tiers: Tiers, leases: list[Lease]) -> list[Any]:
+    return run_sync(tiers.store.finish_batch([(lease, DONE) for lease in leases]))
+
+
+def markers(tiers: Tiers) -> dict[str, str]:
+    """Return what kinds of markers stand, by key."""
+    standing = {key: tiers.marker.real._standing(("s", key), tiers.clock()) for _, key in tiers.marker.real._markers}
+    return {key: type(each).__name__.strip("_").lower() for key, each in standing.items() if each is not None}
+
+
+def test_a_batch_costs_two_round_trips_to_each(tiers: Tiers) -> None:
+    """Take and publish, claim and finish, however many there are; a duplicate batch costs one."""
+    leases = granted_batch(tiers, "a", "b", "c")
+    assert finish_batch(tiers, leases) == [Recorded()] * 3
+    assert tiers.verbs() == ["marker.publish_batch", "record.finish_batch"]
+    assert all(isinstance(answer, Finished) for answer in claim_batch(tiers, batch(tiers, "a", "b", "c")))
+    assert tiers.verbs() == ["marker.take_batch"]
+    assert all(isinstance(answer, Granted) for answer in claim_batch(tiers, batch(tiers, "d", "e")))
+    assert tiers.verbs() == ["marker.take_batch", "record.claim_batch"]
+    assert (claim_batch(tiers, []), finish_batch(tiers, []), tiers.verbs()) == ([], [], [])
+
+
+def test_of_a_batch_each_marker_follows_its_record(tiers: Tiers) -> None:
+    """Granted: ours stands. Finished: its outcome. Anything else, and what is left to a claim of its own: none."""
+    finished, running, released, kept = granted_batch(tiers, "finished", "running", "released", "kept")
+    assert finish_batch(tiers, [finished]) == [Recorded()]
+    run_sync(tiers.store.release(released, Release()))
+    run_sync(tiers.marker.real.keep(kept, DONE))
+    for key in ("finished", "running"):
+        run_sync(tiers.marker.real.drop([("s", key)]))
+    tiers.verbs()
+    answers = claim_batch(tiers, batch(tiers, "finished", "free", "kept", "released", "running"))
+    assert [type(answer) for answer in answers] == [Finished, Granted, type(None), type(None), InProgress]
+    assert tiers.verbs() == [
+        "marker.take_batch", "marker.publish_batch", "marker.give_back_batch", "record.claim_batch",
+    ]  # fmt: skip
+    assert markers(tiers) == {"finished": "finished", "free": "running", "kept": "pending"}
+    assert running.key == "running"
+
+
+def test_what_was_not_recorded_of_a_batch_leaves_its_marker(tiers: Tiers) -> None:
+    """A finish of its own tells what became of it, and of its marker (F1)."""
+    old = granted_batch(tiers, "k", "other")
+    tiers.clock.advance(61)
+    new = tiers.granted()
+    assert finish_batch(tiers, old) == [None, Recorded()]
+    assert tiers.finish(old[0]) == Lost()
+    assert markers(tiers) == {"k": "running"}
+    assert tiers.finish(new) == Recorded()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_without_the_markers_a_batch_asks_the_records(tiers: Tiers, when: str) -> None:
+    """No outcome takes the place of a marker of which nobody heard whether it was taken (F53)."""
+    getattr(tiers.marker, when)("take_batch", away("the marker"))
+    leases = granted_batch(tiers, "a", "b")
+    assert [lease.request.take for lease in leases] == [None, None]
+    assert finish_batch(tiers, leases) == [Recorded()] * 2
+    assert markers(tiers) == {}
+    assert [event.name for event in tiers.events] == [EventName.MARKER_UNAVAILABLE]
+
+
+def test_a_batch_whose_markers_must_be_there_gives_them_back(tiers: Tiers) -> None:
+    """Under on_marker_unavailable="raise" it fails as a whole, and leaves no marker that puts the next one off."""
+    tiers.marker.after("take_batch", away("the marker"))
+    with pytest.raises(StoreUnavailableError, match="on_marker_unavailable"):
+        claim_batch(tiers, batch(tiers, "a", "b", on_marker_unavailable="raise"))
+    assert markers(tiers) == {}
+    assert "record.claim_batch" not in tiers.verbs()
+
+
+def test_a_batch_goes_on_without_markers_that_are_set_up_wrongly_never(tiers: Tiers) -> None:
+    """Nobody should run for long on a shield that was never there."""
+    tiers.marker.down("take_batch", error=StoreConfigurationError("no such user"))
+    with pytest.raises(StoreConfigurationError):
+        claim_batch(tiers, batch(tiers, "a"))
+
+
+def test_records_that_cannot_be_asked_leave_no_markers_of_a_batch(tiers: Tiers) -> None:
+    """Those that were taken for it would put the next deliveries off (F33)."""
+    tiers.record.down("claim_batch")
+    with pytest.raises(StoreUnavailableError):
+        claim_batch(tiers, batch(tiers, "a", "b"))
+    assert markers(tiers) == {}
+
+
+def test_a_batch_survives_markers_that_go_away(tiers: Tiers) -> None:
+    """They follow when they can; the records hold the truth."""
+    tiers.marker.down("publish_batch", "give_back_batch")
+    leases = granted_batch(tiers, "a")
+    assert finish_batch(tiers, leases) == [Recorded()]
+    tiers.marker.real._markers.clear()
+    assert isinstance(claim_batch(tiers, batch(tiers, "a"))[0], Finished)
+    assert {event.name for event in tiers.events} == {EventName.MARKER_UNAVAILABLE}
+
+
+def test_tiers_without_the_verbs_leave_all_to_single_ones() -> None:
+    """A marker tier or a record tier of somebody else's need not have them."""
+
+    class Single:
+        runtimes = frozenset({"blocking"})
+
+    for store in (TieredStore(cast(Any, Single()), MemoryStore()), TieredStore(MemoryMarker(), cast(Any, Single()))):
+        request = ClaimRequest("s", "k", None, new_owner(), Policy())
+        assert run_sync(store.claim_batch([request])) == [None]
+        assert run_sync(store.finish_batch([(Lease(request, 1), DONE)])) == [None]
+
+
+class OfMany:
+    """A transaction for many claims of a record tier, whose answers a test gives."""
+
+    session = commit_begun = may_be_committed = is_cut_off = None
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    async def begin_all(self) -> Any:
+        return self.answers.pop(0)
+
+    async def commit_all(self, outcomes: Any) -> Any:
+        return self.answers.pop(0)
+
+    look_all = begin_all
+
+
+@pytest.mark.parametrize("in_batches", [True, False])
+def test_markers_follow_a_transaction_of_many(tiers: Tiers, in_batches: bool) -> None:
+    """Whoever tells how it ended: its beginning, its commit, or a look after a commit that nobody heard of."""
+    leases = granted_batch(tiers, "a", "b", "c")
+    tiers.store._can_batch = in_batches
+    other = Finished(OTHER, None, 3600.0)
+    transaction = OfMany([None, other, Lost()], [True, False, True], [None] * 3, [Recorded()] * 3, [True] * 3)
+
+    class Store:
+        batch_transaction = staticmethod(lambda *_: transaction)
+
+    tiers.store._record = cast(Any, Store())
+    followed = tiers.store.batch_transaction(leases, cast(Any, None), None)
+    assert run_sync(followed.begin_all()) == [None, other, Lost()]
+    assert markers(tiers) == {"a": "running", "b": "finished"}
+    assert run_sync(followed.commit_all([DONE] * 3)) == [True, False, True]
+    assert run_sync(followed.look_all()) == [None] * 3
+    assert markers(tiers) == {"a": "running", "b": "finished"}
+    assert run_sync(followed.look_all()) == [Recorded()] * 3
+    assert markers(tiers) == {"a": "finished", "b": "finished"}
+    assert run_sync(followed.commit_all([DONE] * 3)) == [True] * 3
+
+
+def test_a_transaction_of_many_needs_records_in_sql(tiers: Tiers) -> None:
+    """In memory there is none."""
+    with pytest.raises(ConfigurationError, match="records in SQL"):
+        tiers.store.batch_transaction([], cast(Any, None), None)
+
+
+def test_an_outcome_whose_retention_is_over_is_not_published_of_a_batch(tiers: Tiers) -> None:
+    """Its marker would have no time to live."""
+    leases = granted_batch(tiers, "a")
+    run_sync(tiers.store._publish_batch([(leases[0].request, Finished(OTHER, None, 0.0))]))
+    assert tiers.verbs() == []

@@ -1,16 +1,22 @@
 -- Replaces the marker that our take set by the finished outcome, deletes any other of ours, and leaves another's.
 -- (A blind SET would bring back what was forgotten meanwhile; so would replacing a marker that a command which was
 -- on its way meanwhile has set: it is only deleted.)
--- ARGV: the marker as our take set it, how our own running and pending ones begin, value, milliseconds
-local standing = redis.call('GET', KEYS[1])
-if not standing then
-  return 0
+-- ARGV: for each key the marker as our take set it, value, milliseconds. The first ends with its owner and a colon if
+--       nobody heard that it was taken: then there is none to replace.
+local published = {}
+for i, key in ipairs(KEYS) do
+  local taken = ARGV[3 * i - 2]
+  local standing = redis.call('GET', key)
+  published[i] = 0
+  if standing and standing == taken and string.sub(taken, -1) ~= ':' then
+    redis.call('SET', key, ARGV[3 * i - 1], 'PX', ARGV[3 * i])
+    published[i] = 1
+  elseif standing then
+    local owner = string.match(taken, '^running(:[^:]*:)')
+    local kind = string.sub(standing, 1, 7)
+    if (kind == 'running' or kind == 'pending') and string.sub(standing, 8, 7 + #owner) == owner then
+      redis.call('DEL', key)
+    end
+  end
 end
-if standing == ARGV[1] then
-  redis.call('SET', KEYS[1], ARGV[4], 'PX', ARGV[5])
-  return 1
-end
-if string.sub(standing, 1, #ARGV[2]) == ARGV[2] or string.sub(standing, 1, #ARGV[3]) == ARGV[3] then
-  redis.call('DEL', KEYS[1])
-end
-return 0
+return published

@@ -30,6 +30,8 @@ from idem_tasks import (
     StoreUnavailableError,
     configure,
     current_claim,
+    current_claims,
+    idempotent_batch,
     idempotent_task,
     log_event,
     outbox,
@@ -114,6 +116,28 @@ def order(order: str, *, canvas: Any = None, dies: bool = False, number: int = 1
 
 
 relay_task(app)
+
+
+@app.task(name="shop.ship", bind=True, **LATE)
+@idempotent_batch(key="{message}", scope="shop.charge", fingerprint=None)
+def ship(self: Any, orders: list[str]) -> list[str | Exception]:
+    """Ship them one after another; in the midst of those named so, die at the first attempt."""
+    shipped: list[str | Exception] = []
+    for order, claim in zip(orders, current_claims(), strict=True):
+        if "dies" in order and claim.attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ledger.note("effect", order, task=self.request.id)
+        shipped.append(ValueError("no") if "fails" in order else f"shipped {order}")
+    return shipped
+
+
+@app.task(name="shop.ship_in_doubt", **LATE)
+@idempotent_batch(key=str, fingerprint=None, on_crash="hold")
+def ship_in_doubt(orders: list[str]) -> list[str]:
+    """Ship the first one, and die before anybody is told; nobody may ship again."""
+    ledger.note("effect", orders[0])
+    os.kill(os.getpid(), signal.SIGKILL)
+    return orders
 
 
 @shared_task(name="shop.shared", **LATE)
