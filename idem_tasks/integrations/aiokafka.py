@@ -18,13 +18,17 @@ from typing import Any, Unpack
 from idem_tasks.errors import ConfigurationError, MissingExtraError
 from idem_tasks.idempotency import Idempotency
 from idem_tasks.integrations.kafka_handling import (
+    BATCH_SIZE,
+    BATCH_WAIT,
     BODY,
     BUFFER,
     COMMIT_EVERY,
     FETCHED_AT_ONCE,
     POLL_SECONDS,
     Origin,
+    check_batches,
     dead_letter_headers,
+    ends_of,
     handling_for,
     log_not_delivered,
     logger,
@@ -60,6 +64,9 @@ class IdempotentConsumer:
         longest_delay: float = LONGEST_DELAY,
         dead_letter_topic: str | None = None,
         producer: AIOKafkaProducer | None = None,
+        batch: bool = False,
+        batch_size: int = BATCH_SIZE,
+        batch_wait: float = BATCH_WAIT,
         buffer: int = BUFFER,
         commit_every: float = COMMIT_EVERY,
         **fields: Unpack[PolicyFields],
@@ -84,6 +91,7 @@ class IdempotentConsumer:
             )
         if buffer < 1 or not commit_every > 0:
             raise ConfigurationError("buffer must be 1 or more, and commit_every more than 0 seconds")
+        check_batches(batch_size, batch_wait, buffer)
         options: dict[str, Any] = {"idempotency": idempotency, **fields}
         if policy is not None:
             options["policy"] = policy
@@ -97,6 +105,7 @@ class IdempotentConsumer:
             fingerprint=fingerprint,
             session=session,
             watermark=watermark,
+            batch=batch,
             has_road=dead_letter_topic is not None,
             options=options,
             on_error=on_error,
@@ -106,6 +115,8 @@ class IdempotentConsumer:
         self._longest_delay = longest_delay
         self._dead_letter_topic = dead_letter_topic
         self._producer = producer
+        self._batch = batch
+        self._at_once = (batch_size, float(batch_wait)) if batch else (1, 0.0)
         self._buffer = buffer
         self._commit_every = commit_every
         self._partitions: Partitions[Any] = Partitions()
@@ -171,13 +182,14 @@ class IdempotentConsumer:
             if place in self._client.assignment():
                 self._partitions.assign(_places([place]))  # the client may fetch before it tells of an assignment
             for message in messages:
-                self._partitions.add((place.topic, place.partition), message.offset, message)
+                self._partitions.add((place.topic, place.partition), message.offset, message, time.monotonic())
 
     def _start(self) -> None:
         """Let every partition that may go on do so."""
         now = time.monotonic()
         for partition in self._partitions:
-            for taken in partition.take(now):
+            taken = partition.take(now, *self._at_once)
+            if taken:
                 task = asyncio.create_task(self._work(partition, taken))
                 self._tasks.add(task)
                 task.add_done_callback(self._ended)
@@ -200,40 +212,37 @@ class IdempotentConsumer:
 
     # Messages through
 
-    async def _work(self, partition: Partition[Any], taken: Taken[Any]) -> None:
-        """Run messages of one partition one after another, until none may run now."""
-        while True:
-            settlement: Acknowledge | PutBack | None = None
+    async def _work(self, partition: Partition[Any], taken: list[Taken[Any]]) -> None:
+        """Run messages of one partition, or batches of them, one after another, until none may run now."""
+        while taken:
+            settlements: list[Acknowledge | PutBack] = []
             try:
                 if not partition.closed:
-                    settlement = await self._settled(taken)
+                    await self._settle(taken, settlements)
             finally:
                 now = time.monotonic()
-                if isinstance(settlement, Acknowledge):
-                    partition.finish(taken.offset)
-                else:
-                    delay, count = (0.0, taken.count) if settlement is None else (settlement.delay, settlement.count)
-                    partition.put_back(taken.offset, now + delay, count)
-            following = [] if self._is_stopping else partition.take(now)
-            if not following:
-                return
-            taken = following[0]
+                partition.settle(taken, settlements, now)
+            taken = [] if self._is_stopping else partition.take(now, *self._at_once)
 
-    async def _settled(self, taken: Taken[Any]) -> Acknowledge | PutBack:
-        error: BaseException | None = None
+    async def _settle(self, taken: list[Taken[Any]], settlements: list[Acknowledge | PutBack]) -> None:
+        """Run the handler, and append what is to be done with each message."""
+        raised: BaseException | None = None
+        messages = [each.message for each in taken]
         try:
-            await self._handling.function(taken.message)
-        except BaseException as raised:
+            await self._handling.function(messages if self._batch else messages[0])
+        except BaseException as error:
             if self._is_closing:
                 raise  # cancelled: the claim is given back, and the message comes again
-            error = raised
-            if not isinstance(raised, Exception | asyncio.CancelledError):
-                self._struck = raised
+            raised = error
+            if not isinstance(error, Exception | asyncio.CancelledError):
+                self._struck = error
                 self._is_stopping = True
-        settlement = self._handling.settle(error, taken.count, _origin(taken.message).text, (taken.message,), {})
-        if isinstance(settlement, DeadLetter):
-            return await self._dead_letter(taken, settlement)
-        return settlement
+        for each, end in zip(taken, ends_of(raised, len(taken), batch=self._batch), strict=True):
+            origin = _origin(each.message).text
+            settlement = self._handling.settle(end, each.count, origin, (each.message,), {})
+            if isinstance(settlement, DeadLetter):
+                settlement = await self._dead_letter(each, settlement)
+            settlements.append(settlement)
 
     async def _dead_letter(self, taken: Taken[Any], letter: DeadLetter) -> Acknowledge | PutBack:
         """Have the broker confirm the dead letter, and only then let its offset count as finished."""

@@ -21,13 +21,17 @@ from typing import Any, Literal, Self, Unpack
 from idem_tasks.errors import ConfigurationError, MissingExtraError
 from idem_tasks.idempotency import Idempotency
 from idem_tasks.integrations.kafka_handling import (
+    BATCH_SIZE,
+    BATCH_WAIT,
     BODY,
     BUFFER,
     COMMIT_EVERY,
     FETCHED_AT_ONCE,
     POLL_SECONDS,
     Origin,
+    check_batches,
     dead_letter_headers,
+    ends_of,
     handling_for,
     log_not_delivered,
     logger,
@@ -82,6 +86,9 @@ class IdempotentConsumer:
         dead_letter_topic: str | None = None,
         producer: Producer | None = None,
         workers: int = WORKERS,
+        batch: bool = False,
+        batch_size: int = BATCH_SIZE,
+        batch_wait: float = BATCH_WAIT,
         buffer: int = BUFFER,
         commit_every: float = COMMIT_EVERY,
         **fields: Unpack[PolicyFields],
@@ -99,8 +106,13 @@ class IdempotentConsumer:
 
         A message that cannot be acknowledged now comes again after a delay of up to `longest_delay` seconds, and its
         partition waits. One that never can be goes to `dead_letter_topic` through `producer`; without them its
-        partition waits for a person. `buffer` messages of a partition wait here at most, and about a hundred more;
-        every `commit_every` seconds what is finished is committed.
+        partition waits for a person.
+
+        With `batch` the handler is that of `idempotent_batch`: it is called with a list of messages of one partition,
+        `batch_size` of them, or fewer when the first has waited `batch_wait` seconds.
+
+        `buffer` messages of a partition wait here at most, and about a hundred more; every `commit_every` seconds what
+        is finished is committed.
 
         Raises `ConfigurationError` for what cannot work, auto-commit above all.
         """
@@ -110,6 +122,7 @@ class IdempotentConsumer:
             raise ConfigurationError("dead_letter_topic= and producer= go together: a Producer sends the dead letters")
         if workers < 1 or buffer < 1 or not commit_every > 0:
             raise ConfigurationError("workers and buffer must be 1 or more, and commit_every more than 0 seconds")
+        check_batches(batch_size, batch_wait, buffer)
         options: dict[str, Any] = {"idempotency": idempotency, **fields}
         if policy is not None:
             options["policy"] = policy
@@ -123,6 +136,7 @@ class IdempotentConsumer:
             fingerprint=fingerprint,
             session=session,
             watermark=watermark,
+            batch=batch,
             has_road=dead_letter_topic is not None,
             options=options,
             on_error=on_error,
@@ -131,6 +145,8 @@ class IdempotentConsumer:
         self._longest_delay = longest_delay
         self._dead_letter_topic = dead_letter_topic
         self._producer = producer
+        self._batch = batch
+        self._at_once = (batch_size, float(batch_wait)) if batch else (1, 0.0)
         self._buffer = buffer
         self._commit_every = commit_every
         self._partitions: Partitions[Message] = Partitions()
@@ -212,8 +228,9 @@ class IdempotentConsumer:
             if message.error() is not None:
                 _note(message.error())
                 continue
+            place = message.topic(), message.partition()
             with self._changing:
-                self._partitions.add((message.topic(), message.partition()), message.offset(), message)
+                self._partitions.add(place, message.offset(), message, time.monotonic())
 
     def _start(self) -> None:
         """Let every partition that may go on do so."""
@@ -224,7 +241,8 @@ class IdempotentConsumer:
 
     def _start_next(self, partition: Partition[Message], now: float) -> None:
         if not self._stopping.is_set():
-            for taken in partition.take(now):
+            taken = partition.take(now, *self._at_once)
+            if taken:
                 self._pool.submit(self._work, partition, taken)
 
     def _steer(self) -> None:
@@ -240,12 +258,12 @@ class IdempotentConsumer:
 
     # Messages through
 
-    def _work(self, partition: Partition[Message], taken: Taken[Message]) -> None:
-        """Run one message on a thread of its own; then its partition may go on."""
-        settlement: Acknowledge | PutBack | None = None
+    def _work(self, partition: Partition[Message], taken: list[Taken[Message]]) -> None:
+        """Run one message, or a batch, on a thread of its own; then its partition may go on."""
+        settlements: list[Acknowledge | PutBack] = []
         try:
             if not (partition.closed or self._stopping.is_set()):  # while it waited for a thread
-                settlement = self._settled(taken)
+                self._settle(taken, settlements)
         except BaseException as error:
             self._struck = error
             self._stopping.set()
@@ -253,26 +271,26 @@ class IdempotentConsumer:
         finally:
             with self._changing:
                 now = time.monotonic()
-                if isinstance(settlement, Acknowledge):
-                    partition.finish(taken.offset)
-                else:
-                    delay, count = (0.0, taken.count) if settlement is None else (settlement.delay, settlement.count)
-                    partition.put_back(taken.offset, now + delay, count)
+                partition.settle(taken, settlements, now)
                 self._start_next(partition, now)
 
-    def _settled(self, taken: Taken[Message]) -> Acknowledge | PutBack:
-        error: BaseException | None = None
+    def _settle(self, taken: list[Taken[Message]], settlements: list[Acknowledge | PutBack]) -> None:
+        """Run the handler, and append what is to be done with each message."""
+        raised: BaseException | None = None
+        messages = [each.message for each in taken]
         try:
-            self._handling.function(taken.message)
-        except BaseException as raised:  # noqa: BLE001 - what ends a process ends `run`, on its own thread
-            error = raised
-            if not isinstance(raised, Exception):
-                self._struck = raised
+            self._handling.function(messages if self._batch else messages[0])
+        except BaseException as error:  # noqa: BLE001 - what ends a process ends `run`, on its own thread
+            raised = error
+            if not isinstance(error, Exception):
+                self._struck = error
                 self._stopping.set()
-        settlement = self._handling.settle(error, taken.count, _origin(taken.message).text, (taken.message,), {})
-        if isinstance(settlement, DeadLetter):
-            return self._dead_letter(taken, settlement)
-        return settlement
+        for each, end in zip(taken, ends_of(raised, len(taken), batch=self._batch), strict=True):
+            origin = _origin(each.message).text
+            settlement = self._handling.settle(end, each.count, origin, (each.message,), {})
+            if isinstance(settlement, DeadLetter):
+                settlement = self._dead_letter(each, settlement)
+            settlements.append(settlement)
 
     def _dead_letter(self, taken: Taken[Message], letter: DeadLetter) -> Acknowledge | PutBack:
         """Have the broker confirm the dead letter, and only then let its offset count as finished."""

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from idem_tasks.errors import ConfigurationError
+from idem_tasks.batch_decorator import idempotent_batch
+from idem_tasks.decorator import idempotent_task
+from idem_tasks.errors import BatchError, ConfigurationError
 from idem_tasks.integrations.kafka_watermark import WatermarkHandler
 from idem_tasks.integrations.settling import MessageHandler, Settlement, key_in_headers
 from idem_tasks.stores.base import RuntimeName
@@ -19,6 +21,12 @@ BODY = "body"
 
 BUFFER = 100
 """Messages of one partition that wait here before no more are fetched; the client has a buffer of its own besides."""
+
+BATCH_SIZE = 100
+"""Messages of one partition that a batch has, at most."""
+
+BATCH_WAIT = 0.2
+"""Seconds that the first message of a smaller batch has waited for others."""
 
 COMMIT_EVERY = 1.0
 """Seconds between two commits: what is lost with one, because a worker dies, is only replayed."""
@@ -77,6 +85,7 @@ def handling_for(
     fingerprint: str | Sequence[str] | Callable[..., object] | None,
     session: Any,
     watermark: bool,
+    batch: bool,
     has_road: bool,
     options: Mapping[str, Any],
     **settling: Any,
@@ -87,6 +96,8 @@ def handling_for(
     somewhere to go. Raises `ConfigurationError`.
     """
     settling["missing_road"] = None if has_road else "dead_letter_topic= and producer="
+    if watermark and batch:
+        raise ConfigurationError("watermark=True moves a mark behind each message: leave out batch=True")
     if watermark:
         if key is not None or scope is not None or fingerprint != BODY:
             raise ConfigurationError(
@@ -109,6 +120,9 @@ def handling_for(
             "the default scope is the topic and the consumer group, which this client does not tell: give group= (the "
             "client's group.id) or scope="
         )
+    decorator: Callable[..., Any] = idempotent_task
+    if batch:
+        decorator = idempotent_batch
     return MessageHandler(
         handler,
         runtime=runtime,
@@ -116,9 +130,24 @@ def handling_for(
         scope=(lambda message: f"{origin(message).topic}/{group}") if scope is None else scope,
         fingerprint=(lambda message: origin(message).value) if fingerprint == BODY else fingerprint,
         session=session,
+        decorator=decorator,
         **settling,
         **options,
     )
+
+
+def ends_of(raised: BaseException | None, number: int, *, batch: bool) -> list[BaseException | None]:
+    """Return how each of so many messages ended whose call ended with `raised`, or returned (None)."""
+    if batch and isinstance(raised, BatchError):
+        failed = frozenset(raised.errors)
+        return [error if place in failed else None for place, error in enumerate(raised.results)]
+    return [raised] * number
+
+
+def check_batches(batch_size: int, batch_wait: float, buffer: int) -> None:
+    """Raise `ConfigurationError` for batches that cannot be filled."""
+    if not 1 <= batch_size <= buffer or not batch_wait >= 0:
+        raise ConfigurationError("batch_size must be 1 or more, and no more than buffer; batch_wait 0 seconds or more")
 
 
 def _default_key(origin: Origin) -> str:

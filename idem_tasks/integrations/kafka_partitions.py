@@ -7,11 +7,14 @@ the unbroken row of finished ones: a message that is not finished is never passe
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Generic, TypeVar
+
+from idem_tasks.integrations.settling import Acknowledge, PutBack
 
 M = TypeVar("M")
 
@@ -25,6 +28,8 @@ class Taken(Generic[M]):
 
     offset: int
     message: M
+    since: float = 0.0
+    """The moment at which it was fetched."""
     count: int = 0
 
 
@@ -51,7 +56,7 @@ class Partition(Generic[M]):
         self._position: int | None = None
         self._committed: int | None = None
 
-    def add(self, offset: int, message: M) -> None:
+    def add(self, offset: int, message: M, now: float = 0.0) -> None:
         """Let a message wait that the broker delivered; one that is here already is not taken twice."""
         if offset <= self._highest:
             if offset in self._unbroken:
@@ -59,7 +64,7 @@ class Partition(Generic[M]):
             self._begin_again()
         self._highest = offset
         self._unbroken.append(offset)
-        self._waiting.append(Taken(offset, message))
+        self._waiting.append(Taken(offset, message, now))
 
     def _begin_again(self) -> None:
         """Forget all: somebody sought back, or the broker lost the end of its log, and all behind this comes again."""
@@ -68,9 +73,14 @@ class Partition(Generic[M]):
         self._finished.clear()
         self._position = None
 
-    def take(self, now: float, limit: int = 1) -> list[Taken[M]]:
-        """Return what is to run now, in order: nothing while something runs, is due later, or was revoked."""
-        if self.closed or self._running or now < self.due_at:
+    def take(self, now: float, limit: int = 1, wait: float = 0.0) -> list[Taken[M]]:
+        """Return what is to run now, in order: nothing while something runs, is due later, or was revoked.
+
+        `limit` are as many as run together; the first of fewer has waited `wait` seconds.
+        """
+        if self.closed or self._running or now < self.due_at or not self._waiting:
+            return []
+        if len(self._waiting) < limit and now < self._waiting[0].since + wait:
             return []
         if self._before is not None:
             if self._before.is_running:
@@ -99,6 +109,17 @@ class Partition(Generic[M]):
             taken.count = count
             bisect.insort(self._waiting, taken, key=attrgetter("offset"))
         self.due_at = max(self.due_at, due_at)
+
+    def settle(self, taken: Sequence[Taken[M]], settlements: Sequence[Acknowledge | PutBack], now: float) -> None:
+        """Note what became of messages; those behind the last settlement did not run, and are the next again."""
+        for each, settlement in itertools.zip_longest(taken, settlements):
+            match settlement:
+                case Acknowledge():
+                    self.finish(each.offset)
+                case PutBack(delay, count):
+                    self.put_back(each.offset, now + delay, count)
+                case None:
+                    self.put_back(each.offset, now, each.count)
 
     @property
     def is_running(self) -> bool:
@@ -157,10 +178,10 @@ class Partitions(Generic[M]):
                 if partition.is_running:
                     self._revoked[place] = partition
 
-    def add(self, place: Place, offset: int, message: M) -> None:
+    def add(self, place: Place, offset: int, message: M, now: float = 0.0) -> None:
         """Let a message wait; one of a partition that is not assigned any more comes to its next owner."""
         if (partition := self._assigned.get(place)) is not None:
-            partition.add(offset, message)
+            partition.add(offset, message, now)
 
     def to_commit(self, places: Iterable[Place] | None = None) -> dict[Place, int]:
         """Return what may be committed of these partitions, or of all, and is not."""

@@ -111,10 +111,12 @@ class MessageHandler:
         on_error: OnError = "put_back",
         longest_delay: float = LONGEST_DELAY,
         missing_road: str | None = None,
+        decorator: Callable[..., Any] = idempotent_task,
         **options: Any,
     ) -> None:
         """`options` are the decorator's others: `session`, `idempotency`, `policy` and its fields.
 
+        `decorator` is `idempotent_batch` for a handler of many messages; `settle` is asked for each of them.
         `missing_road`: what to give so that dead letters have somewhere to go, if that was not given; they are put
         back then, as late as possible, and never dropped.
 
@@ -125,7 +127,7 @@ class MessageHandler:
         self._on_error = on_error
         self._longest_delay = float(longest_delay)
         self._missing_road = missing_road
-        self.function = _decorated(handler, key=key, scope=scope, fingerprint=fingerprint, **options)
+        self.function = _decorated(decorator, handler, key=key, scope=scope, fingerprint=fingerprint, **options)
         """The decorated function."""
         self.task: IdempotentFunction = idempotency_of(self.function)
         self._code = _code_of(self.task.function)
@@ -233,11 +235,12 @@ def dead_letter(reason: str, error: BaseException, origin: str) -> DeadLetter:
     return DeadLetter(reason, headers)
 
 
-def _decorated(handler: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def _decorated(decorator: Callable[..., Any], handler: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     try:
         idempotency_of(handler)
     except ConfigurationError:
-        return idempotent_task(**options)(handler)
+        decorated: Callable[..., Any] = decorator(**options)(handler)
+        return decorated
     further = {name for name, value in options.items() if value is not None} - {"key", "scope", "fingerprint"}
     if further:
         raise ConfigurationError(

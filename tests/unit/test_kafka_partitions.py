@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from idem_tasks.integrations.kafka_partitions import Partition, Partitions, Taken
+from idem_tasks.integrations.settling import Acknowledge, PutBack
 
 PLACE = ("orders", 0)
 
@@ -52,6 +53,22 @@ def test_a_batch_commits_its_finished_beginning() -> None:
     assert offsets_of(partition.take(1.0, limit=10)) == [8]
     partition.finish(8)
     assert partition.to_commit() == 10
+
+
+def test_a_batch_waits_until_it_is_full_or_its_first_message_has_waited() -> None:
+    """A few messages are not given out at once, nor kept for ever."""
+    partition: Partition[str] = Partition(PLACE)
+    partition.add(0, "first", 10.0)
+    partition.add(1, "second", 10.5)
+    assert partition.take(10.9, 3, 1.0) == []
+    assert offsets_of(partition.take(11.0, 3, 1.0)) == [0, 1]
+    partition.settle([Taken(0, ""), Taken(1, "")], [Acknowledge()], 12.0)
+    assert partition.to_commit() == 1
+    assert offsets_of(partition.take(12.0, 3, 1.0)) == [1]
+    for offset in (2, 3, 4):
+        partition.add(offset, "next", 12.0)
+    partition.settle([Taken(1, "")], [PutBack(1.0, 1, "")], 12.0)
+    assert offsets_of(partition.take(13.0, 3, 9.0)) == [1, 2, 3]
 
 
 def test_gaps_between_offsets_are_no_messages() -> None:

@@ -95,6 +95,23 @@ async def test_messages_run_once_and_are_committed(topic: Topic, idem: Idempoten
     await idem.aclose()
 
 
+async def test_batches_are_awaited_too(topic: Topic, idem: Idempotency) -> None:
+    """A batch has as many as there are when its first message has waited, and its duplicates are replayed."""
+    batches = []
+
+    async def handler(messages: list[Any]) -> list[str]:
+        await asyncio.sleep(0)
+        batches.append([message.value.decode() for message in messages])
+        return ["done"] * len(messages)
+
+    for value in ("one", "two", "one"):
+        topic.publish(value, Idempotency_key=value)
+    async with consuming(topic, handler, idempotency=idem, batch=True, batch_wait=0.5):
+        await until(lambda: topic.committed() == 3)
+    assert batches == [["one", "two"]]
+    await idem.aclose()
+
+
 async def test_a_cancelled_consumer_gives_its_claims_back(topic: Topic, idem: Idempotency) -> None:
     """Nothing is committed, and another consumer runs the message at once; a long handler there is no trouble."""
     begun = asyncio.Event()

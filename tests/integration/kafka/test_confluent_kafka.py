@@ -58,6 +58,36 @@ def test_a_key_in_progress_holds_up_its_own_partition_only(topic: Topic, idem: I
     assert handled == ["other", "second"]
 
 
+def test_a_batch_runs_what_is_new_and_fails_by_its_members(topic: Topic, idem: Idempotency) -> None:
+    """One of them is poisoned and a dead letter, one comes again, and no offset passes what is not finished."""
+    batches, may_succeed = [], threading.Event()
+
+    def handler(messages: list[Message]) -> list[object]:
+        batches.append([value_of(message) for message in messages])
+        ends: dict[str, object] = {"bad": ValueError(), "late": None if may_succeed.is_set() else OSError()}
+        return [ends.get(value_of(message), "done") for message in messages]
+
+    for value in ("one", "bad", "one", "late", "two"):
+        topic.publish(value, Idempotency_key=value)
+    with consuming(
+        topic,
+        handler,
+        idempotency=idem,
+        batch=True,
+        batch_size=5,
+        batch_wait=5.0,
+        record_failures=(ValueError,),
+        dead_letter_topic=topic.dead,
+        producer=topic.producer,
+    ):
+        wait_until(lambda: topic.committed() == 3, seconds=SECONDS, what="the commit of the beginning")
+        may_succeed.set()
+        wait_until(lambda: topic.committed() == 5, seconds=SECONDS, what="the commit")
+    assert batches[0] == ["one", "bad", "late", "two"]
+    assert {tuple(batch) for batch in batches[1:]} == {("late",)}
+    assert [dead.value() for dead in topic.dead_letters(1)] == [b"bad"]
+
+
 def test_what_is_poisoned_becomes_a_dead_letter(topic: Topic, idem: Idempotency) -> None:
     """With its key, value and headers, and with those that say why; confirmed before its offset is committed."""
 
@@ -230,6 +260,8 @@ def test_what_a_killed_consumer_had_begun_is_delivered_again(topic: Topic, postg
         ({}, {}, "group.id"),
         ({"group.id": "g"}, {"dead_letter_topic": "dead"}, "producer="),
         ({"group.id": "g"}, {"workers": 0}, "workers"),
+        ({"group.id": "g"}, {"batch": True, "batch_size": 101}, "no more than buffer"),
+        ({"group.id": "g"}, {"batch": True, "watermark": True}, "leave out batch"),
         ({"group.id": "g"}, {"watermark": True}, "session="),
         ({"group.id": "g"}, {"watermark": True, "key": "{message}"}, "leave them out"),
     ],
