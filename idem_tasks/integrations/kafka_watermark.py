@@ -144,7 +144,7 @@ class WatermarkHandler:
         topic, partition, offset = self._place(message)
         services, policy = self._used.services(self._runtime), self._used.policy.in_force()
         session = self._session.of((message,), {})
-        if not policy.active:
+        if policy.shadow or not policy.active:
             await self._run_unprotected(message)
             return
         place = MarkPlace(topic, partition, self._group)

@@ -117,6 +117,23 @@ def test_what_is_poisoned_becomes_a_dead_letter(topic: Topic, idem: Idempotency)
     }
 
 
+def test_what_ends_a_process_ends_the_consumer(topic: Topic, idem: Idempotency) -> None:
+    """Its message is not committed, its claim is given back, and `run` raises it in its own thread."""
+
+    def handler(message: Message) -> None:
+        raise SystemExit(3)
+
+    topic.publish("message")
+    consumer = IdempotentConsumer(topic.config, handler, idempotency=idem)
+    with consumer, pytest.raises(SystemExit):
+        consumer.run([topic.name])
+    record = idem.get(topic.scope, f"{topic.name}:0:0")
+    assert record is not None
+    assert (record.state, topic.committed()) == (State.RELEASED, 0)
+    with pytest.raises(ConfigurationError, match="has ended"):
+        consumer.run([topic.name])
+
+
 def test_without_a_topic_for_dead_letters_the_partition_waits(
     topic: Topic, idem: Idempotency, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -166,6 +166,26 @@ async def test_coroutine_functions_are_marked_too(idem: Idempotency, url: str, s
     await idem.aclose()
 
 
+@pytest.mark.parametrize("fields", [{"enabled": False}, {"shadow": True}])
+def test_turned_off_it_runs_everything(sqlite_url: str, fields: dict[str, bool]) -> None:
+    """Its session is committed for it all the same, or rolled back where it raises."""
+    sessions = sessionmaker(create_engine(sqlite_url))
+    Table.metadata.create_all(sessions.kw["bind"])
+
+    def handler(message: Place, session: Session) -> None:
+        write(message, session)
+        if message[2] == 1:
+            raise LookupError
+
+    with Idempotency.from_urls(database_url=sqlite_url, **fields) as idem:  # type: ignore[arg-type]
+        task = handler_of(idem, sessions, handler)
+        for _ in range(2):
+            task.function(("t", 0, 0))
+        with pytest.raises(LookupError):
+            task.function(("t", 0, 1))
+    assert read_rows(sessions) == Counter({"0:0": 2})
+
+
 def test_what_becomes_of_a_message(sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
     """It is done, comes again, or is a dead letter if that was asked for and there is a place for it."""
     sessions = sessionmaker(create_engine(sqlite_url))
