@@ -89,6 +89,14 @@ class DeadLetter:
 Settlement = Acknowledge | PutBack | DeadLetter
 
 
+def check_settling(on_error: str, longest_delay: float) -> None:
+    """Raise `ConfigurationError` for values that say nothing."""
+    if on_error not in get_args(OnError):
+        raise ConfigurationError(f"on_error={on_error!r} must be one of {', '.join(get_args(OnError))}")
+    if not longest_delay > 0:
+        raise ConfigurationError(f"longest_delay={longest_delay!r} must be more than 0 seconds")
+
+
 class MessageHandler:
     """A user's function with what makes it idempotent, and with what tells how its messages are settled."""
 
@@ -103,24 +111,23 @@ class MessageHandler:
         on_error: OnError = "put_back",
         longest_delay: float = LONGEST_DELAY,
         missing_road: str | None = None,
+        decorator: Callable[..., Any] = idempotent_task,
         **options: Any,
     ) -> None:
         """`options` are the decorator's others: `session`, `idempotency`, `policy` and its fields.
 
+        `decorator` is `idempotent_batch` for a handler of many messages; `settle` is asked for each of them.
         `missing_road`: what to give so that dead letters have somewhere to go, if that was not given; they are put
         back then, as late as possible, and never dropped.
 
         A handler that is decorated already keeps its own key, scope and fingerprint. Raises `ConfigurationError` for
         one with further options, for a handler of the other runtime, and for what the decorator refuses.
         """
-        if on_error not in get_args(OnError):
-            raise ConfigurationError(f"on_error={on_error!r} must be one of {', '.join(get_args(OnError))}")
-        if not longest_delay > 0:
-            raise ConfigurationError(f"longest_delay={longest_delay!r} must be more than 0 seconds")
+        check_settling(on_error, longest_delay)
         self._on_error = on_error
         self._longest_delay = float(longest_delay)
         self._missing_road = missing_road
-        self.function = _decorated(handler, key=key, scope=scope, fingerprint=fingerprint, **options)
+        self.function = _decorated(decorator, handler, key=key, scope=scope, fingerprint=fingerprint, **options)
         """The decorated function."""
         self.task: IdempotentFunction = idempotency_of(self.function)
         self._code = _code_of(self.task.function)
@@ -160,18 +167,18 @@ class MessageHandler:
         if isinstance(error, DuplicateError | OutcomeError) and not self._raised_by_handler(error):
             return Acknowledge()  # the handler ran before; its value is nothing that a consumer passes on
         if comes_again(error) or not isinstance(error, Exception):
-            return _later(error, count, longest)  # F31, F59; and a shutdown or a cancellation
+            return later(error, count, longest)  # F31, F59; and a shutdown or a cancellation
         reason = self._reason_of_death(error)
         if reason is None:
-            return _later(error, count, longest)
+            return later(error, count, longest)
         if self._missing_road is not None:
             _logger.error(
                 "a message of %s should be a dead letter (%s), and has nowhere to go: give %s; until then it comes "
                 "again and again",
                 origin, reason, self._missing_road,
             )  # fmt: skip
-            return _put_back(longest, count, error)
-        return _dead_letter(reason, error, origin)
+            return put_back(longest, count, error)
+        return dead_letter(reason, error, origin)
 
     def _reason_of_death(self, error: Exception) -> str | None:
         """Say why it is a dead letter; None for what has to be tried again."""
@@ -197,12 +204,14 @@ class MessageHandler:
             _logger.exception("%s is not announced", name.value)
 
 
-def _later(error: BaseException, count: int, longest: float) -> PutBack:
+def later(error: BaseException, count: int, longest: float) -> PutBack:
+    """Return that a message comes again: as late as the error says, and later each time."""
     retry_after = error.retry_after if isinstance(error, InProgressError) else 0.0
-    return _put_back(min(max(retry_after, FIRST_DELAY * 2.0 ** min(count, 20)), longest), count, error)
+    return put_back(min(max(retry_after, FIRST_DELAY * 2.0 ** min(count, 20)), longest), count, error)
 
 
-def _put_back(delay: float, count: int, error: BaseException) -> PutBack:
+def put_back(delay: float, count: int, error: BaseException) -> PutBack:
+    """Return that a message comes again after this delay, or a little later."""
     delay *= 1 + random.random() * _JITTER  # noqa: S311 - jitter is no secret
     return PutBack(delay, min(count + 1, _HIGHEST_COUNT), type(error).__name__)
 
@@ -216,8 +225,8 @@ _DEAD: dict[type[Exception], str] = {
 }
 
 
-def _dead_letter(reason: str, error: BaseException, origin: str) -> DeadLetter:
-    """Only types and names: what an error says may quote the message."""
+def dead_letter(reason: str, error: BaseException, origin: str) -> DeadLetter:
+    """Return that a message is a dead letter; with types and names only: what an error says may quote the message."""
     headers = {REASON_HEADER: reason, "idem_tasks_error_type": type(error).__name__, "idem_tasks_origin": origin}
     for name in ("scope", "key"):
         value = getattr(error, name, "")
@@ -226,11 +235,12 @@ def _dead_letter(reason: str, error: BaseException, origin: str) -> DeadLetter:
     return DeadLetter(reason, headers)
 
 
-def _decorated(handler: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def _decorated(decorator: Callable[..., Any], handler: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     try:
         idempotency_of(handler)
     except ConfigurationError:
-        return idempotent_task(**options)(handler)
+        decorated: Callable[..., Any] = decorator(**options)(handler)
+        return decorated
     further = {name for name, value in options.items() if value is not None} - {"key", "scope", "fingerprint"}
     if further:
         raise ConfigurationError(

@@ -370,6 +370,65 @@ def outbox_of(store: Store) -> Outbox | None:
     return outbox
 
 
+# Marks: how far a consumer group has come in a partition, in the database of its handler's effects.
+
+
+@dataclass(frozen=True, slots=True)
+class MarkPlace:
+    """The partition of a topic as one consumer group reads it."""
+
+    topic: str
+    partition: int
+    group: str
+
+
+class MarkingTransaction(Transaction, Protocol):
+    """A user's session for one message of a partition: what is written in it is committed together with the mark."""
+
+    @property
+    def mark(self) -> int:
+        """The offset of the first message whose effects are not committed, once it has begun."""
+        ...
+
+    async def advance(self, offset: int) -> bool:
+        """Move the mark behind the message at this offset, as the last thing, and commit.
+
+        False, and nothing is committed, where somebody else has moved it since.
+        """
+        ...
+
+
+class Watermarks(Protocol):
+    """Keeps one mark for each topic, partition and consumer group.
+
+    A store has them as its attribute `watermarks`, or none.
+    """
+
+    async def read(self, place: MarkPlace) -> int | None:
+        """Return the offset of the first message whose effects are not committed; None where there is no mark yet."""
+        ...
+
+    def transaction(
+        self, place: MarkPlace, source: SessionSource, given: Any, *, max_hold: float
+    ) -> MarkingTransaction:
+        """Return a transaction in a session of the user's, which locks the mark when it begins.
+
+        A worker that is paused in it keeps the mark for `max_hold` seconds at most, where the database can tell.
+        """
+        ...
+
+
+def watermarks_of(store: Store) -> Watermarks:
+    """Return the store's marks; raises `ConfigurationError` where the records are not in SQL."""
+    watermarks: Watermarks | None = getattr(store, "watermarks", None)
+    if watermarks is None:
+        raise ConfigurationError(
+            "watermark=True keeps its mark in the database of the handler's effects, so it needs database_url=; a "
+            f"{type(store).__name__} has its records elsewhere"
+        )
+    return watermarks
+
+
 # The marker tier. A marker is a shield, never the truth: it may vanish at any moment.
 
 

@@ -1,9 +1,10 @@
 """The tables, and the column types that make every database keep them alike.
 
-`records_table` describes what revision 0001 makes, `steps_table` 0002, `audit_table` 0003, `outbox_table` 0004; tests
-hold them together. Scope and key compare as bytes everywhere, because a collation that folds case or ignores trailing
-spaces makes two keys one (F51). Times are kept in UTC and come from the database's clock alone: PostgreSQL
-`timestamptz`, MariaDB and MySQL `DATETIME(6)`, SQLite text as `2030-01-31 23:59:59.123`, which sorts as it counts.
+`records_table` describes what revision 0001 makes, `steps_table` 0002, `audit_table` 0003, `outbox_table` 0004,
+`watermarks_table` 0005; tests hold them together. Scope and key compare as bytes everywhere, because a collation that
+folds case or ignores trailing spaces makes two keys one (F51). Times are kept in UTC and come from the database's clock
+alone: PostgreSQL `timestamptz`, MariaDB and MySQL `DATETIME(6)`, SQLite text as `2030-01-31 23:59:59.123`, which sorts
+as it counts.
 """
 
 from __future__ import annotations
@@ -244,3 +245,26 @@ def outbox_table(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
     )
     Index(f"{name}_due_at", table.c.due_at)
     return table
+
+
+TOPIC_BYTES = 249
+"""Longest name of a topic, as Kafka has it."""
+
+
+@cache
+def watermarks_table(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Table:
+    """Return the table of how far consumer groups have come, always the same one for the same schema and prefix.
+
+    `next_offset` is that of the first message of the partition whose effects are not committed yet.
+    """
+    return Table(
+        f"{prefix}watermarks",
+        MetaData(schema=schema),
+        Column("topic", ByteText(TOPIC_BYTES), nullable=False),
+        Column("partition", Integer, nullable=False, autoincrement=False),
+        Column("consumer_group", ByteText(KEY_BYTES), nullable=False),
+        Column("next_offset", BigInteger, nullable=False),
+        Column("updated_at", Instant, nullable=False),
+        PrimaryKeyConstraint("topic", "partition", "consumer_group"),
+        **_INNODB,
+    )

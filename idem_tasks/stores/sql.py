@@ -36,16 +36,27 @@ from idem_tasks.claims import (
 from idem_tasks.errors import ConfigurationError, StoreConfigurationError, StoreError, StoreUnavailableError
 from idem_tasks.events import Announcer
 from idem_tasks.runtime import Asyncio, Blocking, interruption_in
-from idem_tasks.stores import sql_admin, sql_audit, sql_batches, sql_claims, sql_relay, sql_renewals, sql_steps
+from idem_tasks.stores import (
+    sql_admin,
+    sql_audit,
+    sql_batches,
+    sql_claims,
+    sql_relay,
+    sql_renewals,
+    sql_steps,
+    sql_watermarks,
+)
 from idem_tasks.stores.base import (
     BatchTransaction,
     FailedSend,
     MarkerPending,
+    MarkingTransaction,
+    MarkPlace,
     RuntimeName,
     SessionSource,
     Transaction,
 )
-from idem_tasks.stores.schema import DEFAULT_PREFIX, audit_table, records_table, steps_table
+from idem_tasks.stores.schema import DEFAULT_PREFIX, audit_table, records_table, steps_table, watermarks_table
 from idem_tasks.stores.sql_clients import Client, clients_for
 from idem_tasks.stores.sql_errors import (
     Fault,
@@ -343,6 +354,27 @@ class SQLStore:
         """The messages of recorded outcomes that wait to be sent, in a table beside the records."""
         return SQLOutbox(self)
 
+    @property
+    def watermarks(self) -> SQLWatermarks:
+        """How far consumer groups have come in partitions, in a table beside the records."""
+        return SQLWatermarks(self)
+
+    def marked(self, place: MarkPlace, source: SessionSource, given: Any, max_hold: float) -> MarkingTransaction:
+        """Return a transaction in a session of the user's, whose commit moves this mark."""
+        from idem_tasks.stores.sql_marked_sessions import MarkedTransaction
+        from idem_tasks.stores.sql_sessions import Sessions  # the ORM: not everybody needs it
+
+        assert isinstance(source, Sessions)
+        return MarkedTransaction(
+            source,
+            given,
+            table=watermarks_table(self._schema, self._prefix),
+            address=self._client.address,
+            statements=self._statements,
+            place=place,
+            max_hold=max_hold,
+        )
+
     # The tables
 
     async def prepare(self) -> None:
@@ -473,6 +505,23 @@ class SQLStore:
 
     async def _sleep(self, seconds: float) -> None:
         await (Blocking() if self._runtime == "blocking" else Asyncio()).sleep(seconds)
+
+
+class SQLWatermarks:
+    """The marks of a `SQLStore`; see `base.Watermarks`."""
+
+    def __init__(self, store: SQLStore) -> None:
+        self._store = store
+
+    async def read(self, place: MarkPlace) -> int | None:
+        """Return the offset of the first message whose effects are not committed, in one round trip."""
+        return await self._store._run(sql_watermarks.read, place)  # noqa: SLF001 (a part of the store)
+
+    def transaction(
+        self, place: MarkPlace, source: SessionSource, given: Any, *, max_hold: float
+    ) -> MarkingTransaction:
+        """Return a transaction whose commit moves the mark: two statements beside the handler's own."""
+        return self._store.marked(place, source, given, max_hold)
 
 
 class SQLOutbox:

@@ -125,7 +125,7 @@ def are_seen(sql: Statements, connection: Connection, leases: Sequence[Lease]) -
     if len(leases) == 1:
         return is_seen(sql, connection, leases[0])
     if sql.kind == "postgresql":
-        values |= longest_idle(max(leases, key=lambda lease: lease.policy.max_hold))
+        values |= longest_idle(max(lease.policy.max_hold for lease in leases))
     owners = frozenset(connection.execute(sql.batches.begin, values).scalars())
     return all(lease.owner in owners for lease in leases)
 

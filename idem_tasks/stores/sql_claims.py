@@ -278,13 +278,13 @@ def is_seen(sql: Statements, connection: Connection, lease: Lease) -> bool:
     if sql.kind == "sqlite":
         return connection.execute(sql.begin, values).rowcount == 1
     if sql.kind == "postgresql":
-        values |= longest_idle(lease)
+        values |= longest_idle(lease.policy.max_hold)
     return connection.execute(sql.begin, values).first() is not None
 
 
-def longest_idle(lease: Lease) -> dict[str, Any]:
+def longest_idle(max_hold: float) -> dict[str, Any]:
     """Return the parameter that says for how long a transaction of the user's may do nothing on PostgreSQL."""
-    return {"idle_milliseconds": str(min(round(lease.policy.max_hold * 1000), _LONGEST_MILLISECONDS))}
+    return {"idle_milliseconds": str(min(round(max_hold * 1000), _LONGEST_MILLISECONDS))}
 
 
 def look(sql: Statements, connection: Connection, lease: Lease) -> Recorded | Finished | Lost | None:

@@ -169,29 +169,22 @@ class UnfencedTransaction:
         return done
 
 
-class FencedTransaction(UnfencedTransaction):
-    """A session in which the handler's writes and its outcomes are committed together, each under its lease's fence.
-
-    The verbs of `Transaction` are for one lease, which is nearly always so; those of `BatchTransaction` for any number.
-    """
+class GuardedTransaction(UnfencedTransaction):
+    """A session in which the handler's writes are committed together with ours, by us and by nobody else."""
 
     def __init__(
         self,
         sessions: Sessions,
         given: Any,
         *,
-        leases: Sequence[Lease],
         table: Table,
         address: str,
         statements: Callable[[Connection], Statements],
-        look: Callable[[], Awaitable[list[Recorded | Finished | Lost | None]]],
     ) -> None:
         super().__init__(sessions, given)
-        self._leases = leases
         self._table = table
         self._address = address
         self._statements = statements
-        self._look = look
         self._refused: ConfigurationError | None = None
         self._begun = False
         self._is_sqlite = False
@@ -202,27 +195,12 @@ class FencedTransaction(UnfencedTransaction):
 
     # Begin
 
-    async def begin(self) -> Finished | Lost | None:
-        """Begin, and see to it that the record is there under this claim; tell who has it if it is not."""
-        [answer] = await self.begin_all()
-        return answer
-
-    async def begin_all(self) -> list[Finished | Lost | None]:
-        """Begin, and see to it that all records are there under their claims; tell who has those that are not."""
-        await super().begin()
-        seen, bound_to = await self._do(self._begin)
-        if seen:
-            return [None] * len(self._leases)
-        await self.roll_back(throw_away=False)
-        answers = await self._look()
-        if all(answer is None for answer in answers):
-            raise ConfigurationError(
-                f"session= is bound to {bound_to}, and the records are in {self._address}: "
-                "they have to be in one database, or they cannot be committed together"
-            )
-        return [Lost() if isinstance(answer, Recorded) else answer for answer in answers]
+    def _see(self, sql: Statements, connection: Connection) -> bool:
+        """Do what the transaction begins with; False if it does not see there what is ours."""
+        raise NotImplementedError
 
     def _begin(self, session: Session) -> tuple[bool, str]:
+        """Begin; tell whether it sees what is ours, and where it is bound to."""
         if session.in_transaction():
             raise ConfigurationError(
                 "the session has begun a transaction already, so its writes would not be this handler's alone: "
@@ -242,7 +220,7 @@ class FencedTransaction(UnfencedTransaction):
             self._is_sqlite = sql.kind == "sqlite"
             bound_to = _shown(connection)
             with without_parameters():
-                seen = sql_batches.are_seen(sql, connection, self._leases)
+                seen = self._see(sql, connection)
             if self._is_sqlite and seen and not is_in_transaction(connection):
                 raise autocommit()
             self._guard(connection)
@@ -352,18 +330,14 @@ class FencedTransaction(UnfencedTransaction):
 
     # Commit
 
-    async def commit(self, outcome: EncodedOutcome) -> bool:
-        """Write the outcome as the last thing and commit; False, and nothing is committed, if the fence missed."""
-        return all(await self.commit_all([outcome]))
-
-    async def commit_all(self, outcomes: Sequence[EncodedOutcome]) -> list[bool]:
-        """Write the outcomes as the last thing and commit, unless a fence missed; tells of each whether it held."""
+    async def finish(self, write: Callable[[Statements, Connection], list[bool]]) -> list[bool]:
+        """Write what is ours as the last thing and commit, unless any of it could not be written, as `write` tells."""
         if self._refused is not None:
             raise self._refused
         self.commit_begun = True
-        return await self._do(partial(self._commit, list(zip(self._leases, outcomes, strict=True))))
+        return await self._do(partial(self._commit, write))
 
-    def _commit(self, finished: Sequence[tuple[Lease, EncodedOutcome]], session: Session) -> list[bool]:
+    def _commit(self, write: Callable[[Statements, Connection], list[bool]], session: Session) -> list[bool]:
         before = sys.exception()
         try:
             session.flush()
@@ -371,7 +345,7 @@ class FencedTransaction(UnfencedTransaction):
             refuse_remainder(connection)
             had_error(connection)  # what was before the finish is told by the finish
             with without_parameters():
-                written = sql_batches.write_finishes(self._statements(connection), connection, finished)
+                written = write(self._statements(connection), connection)
             if not all(written):
                 return written
             self.may_be_committed = True
@@ -396,15 +370,6 @@ class FencedTransaction(UnfencedTransaction):
         if self._begun:
             # In SQLite nothing is ever under way, and a database in memory is gone with its connection.
             await super().roll_back(throw_away=throw_away and not self._is_sqlite)
-
-    async def look(self) -> Recorded | Finished | Lost | None:
-        """Tell, on a connection of the store's own, how this ended; None: nothing is committed, the claim stands."""
-        [answer] = await self.look_all()
-        return answer
-
-    async def look_all(self) -> list[Recorded | Finished | Lost | None]:
-        """Tell of each what `look` tells of one."""
-        return await self._look()
 
     async def close(self) -> None:
         """Leave the session as it was found, or end it if it was made here."""
@@ -458,6 +423,69 @@ class FencedTransaction(UnfencedTransaction):
     def _explained(self, error: Exception) -> StoreError | Exception:
         fault = sql_errors.fault_of(error)
         return error if fault is None else sql_errors.error_for(fault, self._address, self._table.fullname)
+
+
+class FencedTransaction(GuardedTransaction):
+    """A session in which the handler's writes and its outcomes are committed together, each under its lease's fence.
+
+    The verbs of `Transaction` are for one lease, which is nearly always so; those of `BatchTransaction` for any number.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        given: Any,
+        *,
+        leases: Sequence[Lease],
+        table: Table,
+        address: str,
+        statements: Callable[[Connection], Statements],
+        look: Callable[[], Awaitable[list[Recorded | Finished | Lost | None]]],
+    ) -> None:
+        super().__init__(sessions, given, table=table, address=address, statements=statements)
+        self._leases = leases
+        self._look = look
+
+    async def begin(self) -> Finished | Lost | None:
+        """Begin, and see to it that the record is there under this claim; tell who has it if it is not."""
+        [answer] = await self.begin_all()
+        return answer
+
+    async def begin_all(self) -> list[Finished | Lost | None]:
+        """Begin, and see to it that all records are there under their claims; tell who has those that are not."""
+        await super().begin()
+        seen, bound_to = await self._do(self._begin)
+        if seen:
+            return [None] * len(self._leases)
+        await self.roll_back(throw_away=False)
+        answers = await self._look()
+        if all(answer is None for answer in answers):
+            raise ConfigurationError(
+                f"session= is bound to {bound_to}, and the records are in {self._address}: "
+                "they have to be in one database, or they cannot be committed together"
+            )
+        return [Lost() if isinstance(answer, Recorded) else answer for answer in answers]
+
+    def _see(self, sql: Statements, connection: Connection) -> bool:
+        return sql_batches.are_seen(sql, connection, self._leases)
+
+    async def commit(self, outcome: EncodedOutcome) -> bool:
+        """Write the outcome as the last thing and commit; False, and nothing is committed, if the fence missed."""
+        return all(await self.commit_all([outcome]))
+
+    async def commit_all(self, outcomes: Sequence[EncodedOutcome]) -> list[bool]:
+        """Write the outcomes as the last thing and commit, unless a fence missed; tells of each whether it held."""
+        finished = list(zip(self._leases, outcomes, strict=True))
+        return await self.finish(lambda sql, connection: sql_batches.write_finishes(sql, connection, finished))
+
+    async def look(self) -> Recorded | Finished | Lost | None:
+        """Tell, on a connection of the store's own, how this ended; None: nothing is committed, the claim stands."""
+        [answer] = await self.look_all()
+        return answer
+
+    async def look_all(self) -> list[Recorded | Finished | Lost | None]:
+        """Tell of each what `look` tells of one."""
+        return await self._look()
 
 
 def _changed(session: Session) -> set[int]:

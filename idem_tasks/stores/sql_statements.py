@@ -44,7 +44,7 @@ from sqlalchemy.sql.dml import Insert, Update
 from sqlalchemy.types import TypeEngine
 
 from idem_tasks.claims import State
-from idem_tasks.stores.schema import audit_table, outbox_table, records_table, steps_table
+from idem_tasks.stores.schema import audit_table, outbox_table, records_table, steps_table, watermarks_table
 from idem_tasks.stores.sql_batch_statements import BatchStatements
 from idem_tasks.stores.sql_clock import (
     Seconds,
@@ -56,6 +56,7 @@ from idem_tasks.stores.sql_clock import (
     seconds_until,
 )
 from idem_tasks.stores.sql_outbox import OutboxStatements
+from idem_tasks.stores.sql_watermarks import WatermarkStatements
 
 AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
 
@@ -71,17 +72,18 @@ FENCED = (State.RUNNING, State.IN_DOUBT)
 @cache
 def statements_for(kind: Kind, schema: str | None, prefix: str) -> Statements:
     """Return the statements, always the same ones, so that SQLAlchemy compiles each of them once."""
-    makers = (records_table, steps_table, audit_table, outbox_table)
+    makers = (records_table, steps_table, audit_table, outbox_table, watermarks_table)
     return Statements(kind, *(make(schema, prefix) for make in makers))
 
 
 class Statements:
     """The statements for the records in one table on one kind of database.
 
-    `outbox` are those for their messages, `batches` those for many records at once.
+    `outbox` are those for their messages, `batches` those for many records at once, `watermarks` those for the marks of
+    partitions.
     """
 
-    def __init__(self, kind: Kind, table: Table, steps: Table, audit: Table, outbox: Table) -> None:
+    def __init__(self, kind: Kind, table: Table, steps: Table, audit: Table, outbox: Table, marks: Table) -> None:
         self.kind = kind
         self.table = table
         self.steps = steps
@@ -107,6 +109,7 @@ class Statements:
         self._make_renewals()
         self._make_admin()
         self.outbox = OutboxStatements(kind, outbox, self.finish, self.insert_finished)
+        self.watermarks = WatermarkStatements(kind, marks)
         self.batches = BatchStatements(self)
 
     # Claim

@@ -50,12 +50,14 @@ from idem_tasks.stores.base import (
     SessionSource,
     Transaction,
     UserTransaction,
+    Watermarks,
     batch_transaction_of,
     journal_of,
     outbox_of,
     sql_records,
     steps_of,
     transaction_of,
+    watermarks_of,
 )
 
 A = TypeVar("A", bound=Recorded | Finished | Lost | None)
@@ -97,6 +99,11 @@ class TieredStore:
     def outbox(self) -> Outbox | None:
         """The outbox of the record, if that has one."""
         return outbox_of(self._record)
+
+    @property
+    def watermarks(self) -> Watermarks:
+        """The marks of the record; `ConfigurationError` if it has none."""
+        return watermarks_of(self._record)
 
     async def claim(self, request: ClaimRequest) -> ClaimAnswer:
         """Ask the marker first, and the record unless the marker knows the answer."""

@@ -17,7 +17,7 @@ _SECONDS = 60.0
 _SECONDS_A_MESSAGE = 0.2
 
 
-def main(broker: str, messages: int, seed: int) -> bool:
+def main(broker: str, messages: int, seed: int, **pace: float) -> bool:
     run, servers = Run.begin(), list[Server]()
     try:
         for kind in (PostgresServer, RedisServer, brokers.module(broker).SERVER):
@@ -29,9 +29,9 @@ def main(broker: str, messages: int, seed: int) -> bool:
             database_url=servers[0].url.replace("postgresql://", "postgresql+psycopg://"),
             redis_url=servers[1].url,
             folder=str(run.new_folder("consumers")),
-            messages=messages,
             seed=seed,
             seconds=_SECONDS + messages * _SECONDS_A_MESSAGE,
+            **{**brokers.pace(broker), **pace, "messages": messages},
         )
         verdict = endure(plan)
     finally:
@@ -46,5 +46,7 @@ if __name__ == "__main__":
     parser.add_argument("--broker", choices=brokers.names(), required=True)
     parser.add_argument("--messages", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kill-every", type=float, help="seconds, about; default: what suits the broker")
     given = parser.parse_args()
-    sys.exit(0 if main(given.broker, given.messages, given.seed) else 1)
+    pace = {} if given.kill_every is None else {"kill_every": given.kill_every}
+    sys.exit(0 if main(given.broker, given.messages, given.seed, **pace) else 1)

@@ -21,7 +21,7 @@ from idem_tasks.events import Announcer
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import run_sync
 from idem_tasks.stores import migrations, sql
-from idem_tasks.stores.schema import outbox_table, records_table, steps_table
+from idem_tasks.stores.schema import outbox_table, records_table, steps_table, watermarks_table
 from idem_tasks.stores.sql import SQLStore
 
 
@@ -63,7 +63,7 @@ def test_the_migration_makes_what_the_code_believes_in(
     run_sync(store.prepare())
     run_sync(store.close())
     with connected(url) as connection:
-        for table in (records_table(), steps_table(), outbox_table()):
+        for table in (records_table(), steps_table(), outbox_table(), watermarks_table()):
             migrated = describe(connection, table.name)
             table.drop(connection)
             table.metadata.create_all(connection)
@@ -175,8 +175,8 @@ def test_a_schema_of_its_own_on_postgres(postgres_url: str) -> None:
         tables = connection.execute(
             text("SELECT schemaname, tablename FROM pg_tables WHERE tablename LIKE 'idem%' ORDER BY tablename")
         )
-        names = ("idem_tasks_audit", "idem_tasks_outbox", "idem_tasks_records", "idem_tasks_schema", "idem_tasks_steps")
-        assert [tuple(table) for table in tables] == [("jobs", name) for name in names]
+        names = ("audit", "outbox", "records", "schema", "steps", "watermarks")
+        assert [tuple(table) for table in tables] == [("jobs", f"idem_tasks_{name}") for name in names]
     run_sync(store.close())
 
 

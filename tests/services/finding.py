@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.services import compose
+from tests.services.kafka_server import KafkaServer
 from tests.services.mariadb_server import MariaDBServer
 from tests.services.postgres_server import PostgresServer
 from tests.services.rabbitmq_server import RabbitMQServer
@@ -32,6 +33,7 @@ class Service:
 REDIS = Service("redis", "IDEM_TASKS_TEST_REDIS_URL", RedisServer)
 POSTGRES = Service("postgres", "IDEM_TASKS_TEST_POSTGRES_URL", PostgresServer)
 MARIADB = Service("mariadb", "IDEM_TASKS_TEST_MARIADB_URL", MariaDBServer)
+KAFKA = Service("kafka", "KAFKA_BOOTSTRAP", KafkaServer)
 RABBITMQ = Service("rabbitmq", "IDEM_TASKS_TEST_RABBITMQ_URL", RabbitMQServer)
 
 

@@ -1,10 +1,10 @@
 """The fixtures through which tests get servers.
 
 Shared servers, each test with a part of its own: `redis_url`, `postgres_url`, `mariadb_url`, `mysql_url`,
-`rabbitmq_url`, `redis_sentinel`, `redis_cluster`; and `sqlite_url`; those with tables are in `tables.py`. What is not
-there is skipped, and under CI=true fails. A test that restarts, kills, pauses or reconfigures a server starts one:
-`private_redis()`, `private_postgres()`, `private_mariadb()`, `private_rabbitmq()`; or takes `private_redis_sentinel`,
-`private_redis_cluster`.
+`rabbitmq_url`, `kafka_bootstrap`, `redis_sentinel`, `redis_cluster`; and `sqlite_url`; those with tables are in
+`tables.py`. What is not there is skipped, and under CI=true fails. A test that restarts, kills, pauses or reconfigures
+a server starts one: `private_redis()`, `private_postgres()`, `private_mariadb()`, `private_rabbitmq()`; or takes
+`private_redis_sentinel`, `private_redis_cluster`.
 """
 
 import os
@@ -174,6 +174,15 @@ def rabbitmq_url(service_run: Run, worker_number: int) -> str:
     if not server.started_here:
         return server.url
     return server.url.removesuffix("0") + str(worker_number)
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap(service_run: Run) -> str:
+    """`host:port` of a Kafka that all tests share: take `unique_name` for topics and groups.
+
+    It is librdkafka's mock cluster, unless KAFKA_BOOTSTRAP names a real one: `docker compose up kafka`.
+    """
+    return found(finding.KAFKA, service_run).url
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from idem_tasks.stores.migrations.offline import newest_revision
 from tests.integration.test_sql_steps import without_steps
 from tests.unit.command_line import idem_tasks, in_its_own_process
 
-TABLES = {f"idem_tasks_{name}" for name in ("audit", "outbox", "records", "schema", "steps")}
+TABLES = {f"idem_tasks_{name}" for name in ("audit", "outbox", "records", "schema", "steps", "watermarks")}
 
 
 def tables(url: str) -> set[str]:

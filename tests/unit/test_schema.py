@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, make_url
 
 from idem_tasks.claims import AuditEntry, Record
 from idem_tasks.runtime import run_sync
-from idem_tasks.stores.schema import audit_table, outbox_table, records_table, steps_table
+from idem_tasks.stores.schema import audit_table, outbox_table, records_table, steps_table, watermarks_table
 from idem_tasks.stores.sql import SQLStore
 
 
@@ -33,7 +33,7 @@ def test_the_migration_makes_what_the_code_believes_in(tmp_path: Path, prefix: s
     run_sync(store.prepare())
     run_sync(store.close())
     engine = create_engine(described)
-    for make in (records_table, steps_table, audit_table, outbox_table):
+    for make in (records_table, steps_table, audit_table, outbox_table, watermarks_table):
         table = make(prefix=prefix)
         table.metadata.create_all(engine)
     engine.dispose()
@@ -77,6 +77,5 @@ def test_tables_of_other_prefixes_live_side_by_side(sqlite_url: str) -> None:
     connection = sqlite3.connect(make_url(sqlite_url).database or "")
     tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
     connection.close()
-    assert {name for (name,) in tables} == {
-        f"{prefix}_{name}" for prefix in ("one", "two") for name in ("audit", "outbox", "records", "schema", "steps")
-    }
+    names = ("audit", "outbox", "records", "schema", "steps", "watermarks")
+    assert {name for (name,) in tables} == {f"{prefix}_{name}" for prefix in ("one", "two") for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tests.consumers.plan import Plan
 from tests.services.server import Server
@@ -41,6 +41,12 @@ class Broker(Protocol):
 
 def module(name: str) -> Broker:
     return cast(Broker, importlib.import_module(f"{__name__}.{name}"))
+
+
+def pace(name: str) -> dict[str, Any]:
+    """What a module's `PACE` says of the plan: how many consumers, how often one is killed, how many messages."""
+    found: dict[str, Any] = getattr(module(name), "PACE", {})
+    return found
 
 
 def names() -> list[str]:
