@@ -11,6 +11,7 @@ URLS = {
     "postgres": "postgresql+psycopg://idem_tasks:idem_tasks@127.0.0.1:55432/postgres",
     "mariadb": "mysql+pymysql://root:idem_tasks@127.0.0.1:53306/mysql",
     "rabbitmq": "amqp://idem_tasks:idem_tasks@127.0.0.1:55672//",
+    "nats": "nats://127.0.0.1:54222",
 }
 
 

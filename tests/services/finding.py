@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.services import compose
 from tests.services.mariadb_server import MariaDBServer
+from tests.services.nats_server import NATSServer
 from tests.services.postgres_server import PostgresServer
 from tests.services.rabbitmq_server import RabbitMQServer
 from tests.services.redis_server import RedisServer
@@ -33,6 +34,7 @@ REDIS = Service("redis", "IDEM_TASKS_TEST_REDIS_URL", RedisServer)
 POSTGRES = Service("postgres", "IDEM_TASKS_TEST_POSTGRES_URL", PostgresServer)
 MARIADB = Service("mariadb", "IDEM_TASKS_TEST_MARIADB_URL", MariaDBServer)
 RABBITMQ = Service("rabbitmq", "IDEM_TASKS_TEST_RABBITMQ_URL", RabbitMQServer)
+NATS = Service("nats", "IDEM_TASKS_TEST_NATS_URL", NATSServer)
 
 
 @dataclass(frozen=True)
