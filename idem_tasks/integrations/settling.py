@@ -35,7 +35,8 @@ COUNT_HEADER = "idem_tasks_put_back"
 """The message header that counts how often a message was put back; the same as Celery's messages have."""
 
 REASON_HEADER = "idem_tasks_reason"
-"""Why a message is a dead letter: parked, in_doubt, fingerprint_mismatch, invalid_key, failed or handler_error."""
+"""Why a message is a dead letter: parked, in_doubt, fingerprint_mismatch, invalid_key, failed or handler_error; NATS
+has max_deliver too."""
 
 FIRST_DELAY = 0.5
 """Seconds before a message that was put back comes again, at least; doubled each time."""
