@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
-_INTEGRATIONS = {"celery": "idem_tasks.integrations.celery"}
+_INTEGRATIONS = {name: f"idem_tasks.integrations.{name}" for name in ("celery", "dramatiq", "taskiq")}
 
 
 class Host(Protocol):
