@@ -1,0 +1,301 @@
+"""Taskiq tasks with the decorator and the middleware, on a real RabbitMQ."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import aio_pika
+import pytest
+import pytest_asyncio
+from taskiq import Context, InMemoryBroker, SimpleRetryMiddleware, TaskiqDepends
+from taskiq.api import run_receiver_task
+from taskiq.result_backends.dummy import DummyResultBackend
+from taskiq_aio_pika import AioPikaBroker, Exchange, Queue, QueueType
+
+from idem_tasks import ConfigurationError, Event, Idempotency, MemoryStore, idempotency_of, idempotent_task
+from idem_tasks.integrations.taskiq import IdempotencyMiddleware
+from tests.services.waiting import wait_until
+
+pytestmark = pytest.mark.asyncio
+
+HERE = Path(__file__).parent
+
+
+def new_broker(url: str, name: str, **options: Any) -> AioPikaBroker:
+    """Make a broker of one queue, that knows of no other test's."""
+    return AioPikaBroker(
+        url,
+        exchange=Exchange(name=f"{name}_exchange"),
+        task_queues=[Queue(name=name, type=QueueType.CLASSIC)],
+        dead_letter_queue=Queue(name=f"{name}_dead", type=QueueType.CLASSIC),
+        delay_queue=Queue(name=f"{name}_delay", type=QueueType.CLASSIC),
+        **options,
+    )
+
+
+async def remove(url: str, name: str) -> None:
+    """Delete what `new_broker` declared."""
+    connection = await aio_pika.connect(url)
+    channel = await connection.channel()
+    for queue in (name, f"{name}_dead", f"{name}_delay"):
+        await channel.queue_delete(queue)
+    await channel.exchange_delete(f"{name}_exchange")
+    await connection.close()
+
+
+class Shop:
+    """A broker, a worker in this process, and what happened."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.broker = new_broker(url, name)
+        self.events: list[Event] = []
+        self.idem = Idempotency(store=MemoryStore(), observers=[self.events.append])
+        self.begun: list[Any] = []
+        self.saved: list[Any] = []
+        self.broker.with_result_backend(Saving(self.saved))
+
+    def task(self, function: Callable[..., Any], **labels: Any) -> Any:
+        known: dict[str, Any] = {"key": "{order}", "idempotency": self.idem, "lease": 1.5, "fingerprint": None}
+        return self.broker.task(task_name=function.__name__, **labels)(idempotent_task(**known)(function))
+
+    def names(self) -> list[str]:
+        return [event.name.value for event in self.events]
+
+
+class Saving(DummyResultBackend[Any]):
+    """Keeps each result, as a backend would."""
+
+    def __init__(self, saved: list[Any]) -> None:
+        super().__init__()
+        self.saved = saved
+
+    async def set_result(self, task_id: str, result: Any) -> None:
+        self.saved.append((task_id, result.return_value if result.error is None else type(result.error)))
+
+
+class Worker:
+    """Taskiq's receiver in a task of this loop."""
+
+    def __init__(self, broker: AioPikaBroker) -> None:
+        self.broker = broker
+
+    async def __aenter__(self) -> None:
+        self.broker.is_worker_process = True
+        await self.broker.startup()
+        self.receiving = asyncio.create_task(run_receiver_task(self.broker))
+
+    async def __aexit__(self, *error: object) -> None:
+        self.receiving.cancel()
+        with suppress(asyncio.CancelledError):
+            await self.receiving
+        await self.broker.shutdown()
+
+
+async def until(is_so: Callable[[], bool], seconds: float = 15.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not is_so():  # noqa: ASYNC110 - nobody sets an event when a broker has done something
+            await asyncio.sleep(0.02)
+
+
+@pytest_asyncio.fixture
+async def shop(rabbitmq_url: str, unique_name: str) -> AsyncIterator[Shop]:
+    shop = Shop(rabbitmq_url, unique_name)
+    yield shop
+    await remove(rabbitmq_url, unique_name)
+    await shop.idem.aclose()
+    shop.idem.close()
+
+
+async def test_a_task_that_was_sent_twice_runs_once(shop: Shop) -> None:
+    """The second succeeds with the recorded outcome."""
+    shop.broker.add_middlewares(IdempotencyMiddleware())
+
+    async def charge(order: str) -> str:
+        shop.begun.append(order)
+        return f"charged {order}"
+
+    task = shop.task(charge)
+    async with Worker(shop.broker):
+        sent = [await task.kiq("A-1") for _ in range(2)]
+        await until(lambda: len(shop.saved) == 2)
+    assert shop.begun == ["A-1"]
+    assert sorted(shop.saved) == sorted((each.task_id, "charged A-1") for each in sent)
+
+
+@pytest.mark.parametrize("delay_label", [None, "delay"])
+@pytest.mark.parametrize("asynchronous", [True, False])
+async def test_what_is_in_progress_is_put_back(shop: Shop, asynchronous: bool, delay_label: str | None) -> None:
+    """Held by this worker, or with a delay by the broker; nobody is answered before there is an outcome (F31)."""
+    shop.broker.add_middlewares(IdempotencyMiddleware(delay_label=delay_label))
+    release = threading.Event()
+
+    def charge(order: str) -> str:
+        shop.begun.append(order)
+        release.wait(timeout=20)
+        return f"charged {order}"
+
+    async def charge_later(order: str) -> str:
+        return await asyncio.to_thread(charge, order)
+
+    task = shop.task(charge_later if asynchronous else charge)
+    async with Worker(shop.broker):
+        sent = [await task.kiq("A-1") for _ in range(2)]
+        await until(lambda: "put_back" in shop.names())
+        assert shop.saved == []
+        release.set()
+        await until(lambda: len(shop.saved) == 2)
+    assert shop.begun == ["A-1"]
+    assert sorted(shop.saved) == sorted((each.task_id, "charged A-1") for each in sent)
+
+
+async def test_a_retry_of_taskiq_runs(shop: Shop) -> None:
+    """The claim of a handler that raised is released, and the delay of a put-back is not that of the retry."""
+    shop.broker.add_middlewares(IdempotencyMiddleware(delay_label="delay"), SimpleRetryMiddleware())
+
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+        if len(shop.begun) == 1:
+            raise ValueError(order)
+
+    task = shop.task(charge, retry_on_error=True, max_retries=3)
+    async with Worker(shop.broker):
+        await task.kiq("A-1")
+        await until(lambda: "completed" in shop.names())
+    assert shop.begun == ["A-1", "A-1"]
+
+
+async def test_what_a_handler_requeues_comes_again(shop: Shop) -> None:
+    """`Context.requeue` releases the claim, and says that nothing has happened."""
+    shop.broker.add_middlewares(IdempotencyMiddleware())
+
+    async def charge(order: str, context: Context = TaskiqDepends()) -> None:  # noqa: B008 - Taskiq's way
+        shop.begun.append(order)
+        if len(shop.begun) == 1:
+            await context.requeue()
+
+    task = shop.task(charge)
+    async with Worker(shop.broker):
+        await task.kiq("A-1")
+        await until(lambda: "completed" in shop.names())
+    assert shop.begun == ["A-1", "A-1"]
+
+
+async def test_a_broker_that_takes_nothing_is_tried_until_it_does(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The copy that the worker got is not acknowledged before."""
+    shop.broker.add_middlewares(IdempotencyMiddleware())
+    release = asyncio.Event()
+    kick = shop.broker.kick
+    refused: list[Any] = []
+
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+        await release.wait()
+
+    async def refuse_once(message: Any) -> None:
+        if not refused:
+            refused.append(message)
+            raise OSError("the connection is gone")
+        await kick(message)
+
+    task = shop.task(charge)
+    async with Worker(shop.broker):
+        for _ in range(2):
+            await task.kiq("A-1")
+        monkeypatch.setattr(shop.broker, "kick", refuse_once)
+        await until(lambda: "put_back" in shop.names())
+        release.set()
+        await until(lambda: "replayed" in shop.names())
+    assert len(refused) == 1
+    assert "could not be put back, and is tried again" in caplog.text
+    assert shop.begun == ["A-1"]
+
+
+async def test_a_direct_call_shares_the_record(shop: Shop) -> None:
+    """Its scope is the same, and it has no message."""
+    shop.broker.add_middlewares(IdempotencyMiddleware())
+
+    async def charge(order: str) -> str:
+        shop.begun.append(order)
+        return f"charged {order}"
+
+    task = shop.task(charge)
+    async with Worker(shop.broker):
+        assert await task("A-1") == "charged A-1"
+        await task.kiq("A-1")
+        await until(lambda: "replayed" in shop.names())
+    assert shop.begun == ["A-1"]
+    assert idempotency_of(task).scope_for("A-1").endswith("charge")
+
+
+async def test_the_wrong_order_of_decorators_is_refused() -> None:
+    """Over `@broker.task` a worker would run the bare function."""
+
+    async def charge(order: str) -> None:
+        """Nothing."""
+
+    with pytest.raises(ConfigurationError, match=r"goes under @broker\.task"):
+        idempotent_task(key="{order}")(InMemoryBroker().task(charge))
+
+
+async def test_a_task_that_is_acknowledged_early_is_warned_of(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that dies would lose it (F44)."""
+    shop.broker.add_middlewares(IdempotencyMiddleware())
+
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+
+    task = shop.task(charge, ack_type="when_received")
+    async with Worker(shop.broker):
+        await task.kiq("A-1")
+        await until(lambda: "completed" in shop.names())
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("is acknowledged before it runs" in warning for warning in warnings) == 1
+
+
+async def test_a_wrong_delay_is_an_error_at_once() -> None:
+    """Not when the first message is put back."""
+    with pytest.raises(ConfigurationError, match="longest_delay"):
+        IdempotencyMiddleware(longest_delay=0)
+
+
+async def test_a_killed_worker_leaves_its_message_to_the_next(
+    rabbitmq_url: str, unique_name: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    """RabbitMQ delivers it again, it is put back while the dead worker's lease runs, and then it runs once more."""
+    ledger = tmp_path / "ledger"
+    await asyncio.to_thread(Idempotency.from_urls(database_url=sqlite_url).prepare)
+    command = [sys.executable, "-m", "tests.integration.taskiq_worker", rabbitmq_url, sqlite_url, unique_name]
+
+    def lines() -> list[str]:
+        return ledger.read_text().splitlines() if ledger.exists() else [""]
+
+    def worker(seconds: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, str(ledger), seconds], env=os.environ | {"PYTHONPATH": str(HERE.parents[1])})
+
+    broker = new_broker(rabbitmq_url, unique_name)
+
+    async def charge(order: str) -> None:
+        """Runs in the workers."""
+
+    await broker.startup()
+    with worker("60") as first:
+        await broker.task(task_name="charge")(charge).kiq("A-1")
+        await asyncio.to_thread(wait_until, lambda: lines() == ["begin A-1"], seconds=20, what="the handler")
+        first.kill()
+    with worker("0") as second:
+        await asyncio.to_thread(wait_until, lambda: lines()[-1] == "end A-1", seconds=30, what="the take-over")
+        second.kill()
+    assert lines() == ["begin A-1", "begin A-1", "end A-1"]
+    await broker.shutdown()
+    await remove(rabbitmq_url, unique_name)
