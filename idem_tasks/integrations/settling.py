@@ -7,9 +7,15 @@ run again goes to the broker's own dead letters, with headers that say why.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
+import math
 import random
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Literal, get_args
 
 from idem_tasks.decorator import IdempotentFunction, idempotency_of, idempotent_task
@@ -20,6 +26,7 @@ from idem_tasks.errors import (
     FingerprintMismatchError,
     IdemTasksError,
     InDoubtError,
+    InProgressError,
     InvalidKeyError,
     OutcomeError,
     ParkedError,
@@ -27,6 +34,8 @@ from idem_tasks.errors import (
 )
 from idem_tasks.events import EventName
 from idem_tasks.stores.base import RuntimeName
+
+_logger = logging.getLogger("idem_tasks")
 
 OnError = Literal["put_back", "dead_letter"]
 """What becomes of a message whose handler raised: it comes again, later each time, or it is a dead letter at once."""
@@ -42,8 +51,14 @@ FIRST_DELAY = 0.5
 """Seconds before a message that was put back comes again, at least; doubled each time."""
 
 LONGEST_DELAY = 30.0
-"""Seconds, unless `longest_delay` says otherwise. RabbitMQ lets a consumer hold a message for 1,800 s, NATS for as long
-as it is told that it is in progress; a message held back takes one place of the prefetch count."""
+"""Seconds, unless `longest_delay` says otherwise. A message held back takes one place of the prefetch count."""
+
+_SHARE_OF_LIMIT = 0.2
+"""Of the time for which a broker lets a consumer hold a message; with the jitter below a quarter, so that a message is
+never delivered again while it is held (F64)."""
+
+_HIGHEST_COUNT = 10**6
+"""Anybody can write a header; this is a month at the longest delay, and fits into the integers of every broker."""
 
 _JITTER = 0.2
 """Of the delay, at most: so that the duplicates of one message do not come back together."""
@@ -61,6 +76,7 @@ class PutBack:
     delay: float
     count: int
     reason: str
+    """The type of the error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +103,16 @@ class MessageHandler:
         fingerprint: str | Sequence[str] | Callable[..., object] | None,
         on_error: OnError = "put_back",
         longest_delay: float = LONGEST_DELAY,
+        missing_road: str | None = None,
         **options: Any,
     ) -> None:
         """`options` are the decorator's others: `session`, `idempotency`, `policy` and its fields.
 
-        A handler that is decorated already keeps its own key, scope, fingerprint and options. Raises
-        `ConfigurationError` for a handler of the other runtime, and for what the decorator refuses.
+        `missing_road`: what to give so that dead letters have somewhere to go, if that was not given; they are put
+        back then, as late as possible, and never dropped.
+
+        A handler that is decorated already keeps its own key, scope and fingerprint. Raises `ConfigurationError` for
+        one with further options, for a handler of the other runtime, and for what the decorator refuses.
         """
         if on_error not in get_args(OnError):
             raise ConfigurationError(f"on_error={on_error!r} must be one of {', '.join(get_args(OnError))}")
@@ -100,22 +120,34 @@ class MessageHandler:
             raise ConfigurationError(f"longest_delay={longest_delay!r} must be more than 0 seconds")
         self._on_error = on_error
         self._longest_delay = float(longest_delay)
+        self._missing_road = missing_road
         self.function = _decorated(handler, key=key, scope=scope, fingerprint=fingerprint, **options)
         """The decorated function."""
         self.task: IdempotentFunction = idempotency_of(self.function)
+        self._code = _code_of(self.task.function)
         if self.task.asynchronous != (runtime == "asyncio"):
             needed, given = ("async def", "def") if runtime == "asyncio" else ("def", "async def")
             raise ConfigurationError(f"{_name(handler)} is a plain {given}, and this consumer runs {needed} handlers")
 
     def settle(
-        self, error: BaseException | None, count: int, origin: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        error: BaseException | None,
+        count: int,
+        origin: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        hold_limit: float = math.inf,
     ) -> Settlement:
         """Say, and announce, what is to be done with the message whose call ended with `error`, or returned (None).
 
         `count` is how often it was put back before, `origin` the queue, topic or subject that it came from; `args`
-        and `kwargs` are those of the call.
+        and `kwargs` are those of the call. `hold_limit`: seconds for which the broker lets its consumer hold a
+        message; a delay stays below a quarter of it. What a handler raises of its own is logged with its traceback.
         """
-        settlement = self._settlement(error, count, origin)
+        if error is not None and not isinstance(error, IdemTasksError) and self._raised_by_handler(error):
+            _logger.error("the handler of a message of %s raised", origin, exc_info=error)
+        settlement = self._settlement(error, count, origin, min(self._longest_delay, hold_limit * _SHARE_OF_LIMIT))
         match settlement:
             case PutBack(delay, times, reason):
                 self._announce(EventName.PUT_BACK, args, kwargs, count=times, delay=round(delay, 3), reason=reason)
@@ -123,37 +155,57 @@ class MessageHandler:
                 self._announce(EventName.DEAD_LETTERED, args, kwargs, reason=reason, origin=origin)
         return settlement
 
-    def _settlement(self, error: BaseException | None, count: int, origin: str) -> Settlement:
-        if error is None or isinstance(error, DuplicateError | OutcomeError):
-            return Acknowledge()  # the handler ran, now or before; its value is nothing that a consumer passes on
+    def _settlement(self, error: BaseException | None, count: int, origin: str, longest: float) -> Settlement:
+        if error is None:
+            return Acknowledge()
+        if isinstance(error, DuplicateError | OutcomeError) and not self._raised_by_handler(error):
+            return Acknowledge()  # the handler ran before; its value is nothing that a consumer passes on
         if isinstance(error, PUT_BACK) or not isinstance(error, Exception):
-            return self._later(error, count)  # F31, F59; and a shutdown or a cancellation
-        if self._is_final(error):
-            return _dead_letter("failed", error, origin)
+            return _later(error, count, longest)  # F31, F59; and a shutdown or a cancellation
+        reason = self._reason_of_death(error)
+        if reason is None:
+            return _later(error, count, longest)
+        if self._missing_road is not None:
+            _logger.error(
+                "a message of %s should be a dead letter (%s), and has nowhere to go: give %s; until then it comes "
+                "again and again",
+                origin, reason, self._missing_road,
+            )  # fmt: skip
+            return _put_back(longest, count, error)
+        return _dead_letter(reason, error, origin)
+
+    def _reason_of_death(self, error: Exception) -> str | None:
+        """Say why it is a dead letter; None for what has to be tried again."""
         for kind, reason in _DEAD.items():
             if isinstance(error, kind):
-                return _dead_letter(reason, error, origin)
-        if self._on_error == "dead_letter":
-            return _dead_letter("handler_error", error, origin)
-        return self._later(error, count)
+                return reason
+        if not isinstance(error, IdemTasksError) and isinstance(error, self.task.policy.record_failures):
+            return "failed"
+        return "handler_error" if self._on_error == "dead_letter" else None
 
-    def _is_final(self, error: BaseException) -> bool:
-        if isinstance(error, ReplayedFailureError):
-            return True
-        return isinstance(error, self.task.policy.record_failures) and not isinstance(error, IdemTasksError)
-
-    def _later(self, error: BaseException, count: int) -> PutBack:
-        growing = FIRST_DELAY * 2.0 ** min(count, 20)
-        delay = min(max(getattr(error, "retry_after", 0.0), growing), self._longest_delay)
-        delay *= 1 + random.random() * _JITTER  # noqa: S311 - jitter is no secret
-        return PutBack(delay, count + 1, type(error).__name__)
+    def _raised_by_handler(self, error: BaseException) -> bool:
+        """Tell what the handler let through, of another call of ours that it made, say, from what we raise for it."""
+        return any(frame.f_code is self._code for frame, _ in traceback.walk_tb(error.__traceback__))
 
     def _announce(self, name: EventName, args: tuple[Any, ...], kwargs: Mapping[str, Any], **details: Any) -> None:
         try:
             scope, key = self.task.scope_for(*args, **kwargs), self.task.key_for(*args, **kwargs)
         except Exception:  # noqa: BLE001 - a message without a usable key is settled too
             scope, key = "", ""
-        self.task.announce(name, scope, key, **details)
+        try:
+            self.task.announce(name, scope, key, **details)
+        except IdemTasksError:  # there is no usable Idempotency, so nobody who could be told
+            _logger.exception("%s is not announced", name.value)
+
+
+def _later(error: BaseException, count: int, longest: float) -> PutBack:
+    retry_after = error.retry_after if isinstance(error, InProgressError) else 0.0
+    return _put_back(min(max(retry_after, FIRST_DELAY * 2.0 ** min(count, 20)), longest), count, error)
+
+
+def _put_back(delay: float, count: int, error: BaseException) -> PutBack:
+    delay *= 1 + random.random() * _JITTER  # noqa: S311 - jitter is no secret
+    return PutBack(delay, min(count + 1, _HIGHEST_COUNT), type(error).__name__)
 
 
 _DEAD: dict[type[Exception], str] = {
@@ -161,6 +213,7 @@ _DEAD: dict[type[Exception], str] = {
     InDoubtError: "in_doubt",
     FingerprintMismatchError: "fingerprint_mismatch",
     InvalidKeyError: "invalid_key",
+    ReplayedFailureError: "failed",
 }
 
 
@@ -179,14 +232,29 @@ def _decorated(handler: Callable[..., Any], **options: Any) -> Callable[..., Any
         idempotency_of(handler)
     except ConfigurationError:
         return idempotent_task(**options)(handler)
+    further = {name for name, value in options.items() if value is not None} - {"key", "scope", "fingerprint"}
+    if further:
+        raise ConfigurationError(
+            f"{_name(handler)} is decorated with @idempotent_task already: give {', '.join(sorted(further))} there"
+        )
     return handler
+
+
+def _code_of(function: Any) -> CodeType | None:
+    """Return the code that runs in a handler's own frame; None for a function that is not written in Python."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return code if isinstance(code, CodeType) else None
 
 
 def _name(handler: Callable[..., Any]) -> str:
     return str(getattr(handler, "__qualname__", handler))
 
 
-# The key of a message
+# What the headers of a message say
 
 
 _KEY_HEADERS = ("idempotency-key", "idempotency_key")
@@ -216,7 +284,7 @@ def key_in_headers(headers: Mapping[str, Any] | None) -> str | None:
 def times_put_back(headers: Mapping[str, Any] | None) -> int:
     """Return how often a message was put back before."""
     try:
-        return max(int(_text((headers or {}).get(COUNT_HEADER)) or 0), 0)
+        return min(max(int(_text((headers or {}).get(COUNT_HEADER)) or 0), 0), _HIGHEST_COUNT)
     except ValueError:
         return 0
 
