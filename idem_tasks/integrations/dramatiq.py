@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import random
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -31,7 +30,7 @@ from idem_tasks.errors import (
     ReplayedFailureError,
 )
 from idem_tasks.events import EventName
-from idem_tasks.integrations.settling import COUNT_HEADER, FIRST_DELAY, LONGEST_DELAY, times_put_back
+from idem_tasks.integrations.settling import COUNT_HEADER, LONGEST_DELAY, later, times_put_back
 
 _logger = logging.getLogger("idem_tasks")
 
@@ -51,9 +50,6 @@ _FINAL = (
     ReplayedFailureError,
 )
 """What would be the same each time: the message goes to Dramatiq's dead letters, without any retry."""
-
-_JITTER = 0.2
-"""Of the delay, at most: so that the duplicates of one message do not come back together."""
 
 _PAUSE = 1.0
 """Seconds before a message is published once more that the broker did not take; its client has tried a few times."""
@@ -190,12 +186,9 @@ class DramatiqHost:
 
     def _put_back(self, error: BaseException, announce: Callable[..., None]) -> BaseException:
         delivery = self._delivery
-        count = times_put_back(delivery.unchanged.options)
-        growing = FIRST_DELAY * 2.0 ** min(count, 20)
-        delay = min(max(getattr(error, "retry_after", 0.0), growing), delivery.longest_delay)
-        delay *= 1 + random.random() * _JITTER  # noqa: S311 - jitter is no secret
-        self._publish(delivery.unchanged.copy(options={COUNT_HEADER: count + 1}), delay)
-        announce(EventName.PUT_BACK, count=count + 1, delay=round(delay, 3), reason=type(error).__name__)
+        again = later(error, times_put_back(delivery.unchanged.options), delivery.longest_delay)
+        self._publish(delivery.unchanged.copy(options={COUNT_HEADER: again.count}), again.delay)
+        announce(EventName.PUT_BACK, count=again.count, delay=round(again.delay, 3), reason=again.reason)
         delivery.message.options["store_results"] = False  # a skipped message would be answered with None
         return SkipMessage("put back")
 

@@ -96,13 +96,13 @@ class IdempotencyMiddleware:
         longest_delay: float = LONGEST_DELAY,
         **options: Any,
     ) -> None:
-        self._options = {
-            "key": key,
-            "scope": scope,
-            "fingerprint": fingerprint,
+        self._identity: dict[str, Any] = {"key": key, "scope": scope, "fingerprint": fingerprint}
+        self._settling: dict[str, Any] = {
             "on_error": on_error,
             "longest_delay": longest_delay,
-        } | options
+            "missing_road": None if dead_letter else "dead_letter= to IdempotencyMiddleware",
+        }
+        self._options = options
         self.dead_letter = dead_letter
         self.longest_delay = float(longest_delay)
         self._times_put_back: dict[str, int] = {}
@@ -134,7 +134,7 @@ class IdempotencyMiddleware:
     def _made_of(self, function: Callable[..., Any]) -> _Handler:
         if _is_decorated(function):
             runtime: RuntimeName = "asyncio" if idempotency_of(function).asynchronous else "blocking"
-            return _Handler(MessageHandler(function, runtime=runtime, **self._options), claims=False)
+            return _Handler(self._handler(function, runtime), claims=False)
 
         async def handle(message: Message) -> Any:
             return await _call_next_of_message(message)
@@ -142,7 +142,10 @@ class IdempotencyMiddleware:
         handle.__module__, handle.__qualname__ = function.__module__, function.__qualname__  # its default scope
         returned = ReturnType(function).resolve()
         handle.__annotations__ = {} if returned is UNANNOTATED else {"return": returned}
-        return _Handler(MessageHandler(handle, runtime="asyncio", **self._options), claims=True)
+        return _Handler(self._handler(handle, "asyncio", **self._options), claims=True)
+
+    def _handler(self, function: Callable[..., Any], runtime: RuntimeName, **options: Any) -> MessageHandler:
+        return MessageHandler(function, runtime=runtime, **self._identity, **self._settling, **options)
 
     def count_put_back(self, message: Message) -> int:
         """Return how often this process put a message back before, and count this time."""
@@ -238,18 +241,11 @@ class _OfMessage(BaseMiddleware[Any, Any]):
         keep = self._common.dead_letter
         if keep == "reject":
             return True
-        if keep is None:
-            _logger.error(
-                "a message from %s should be a dead letter (%s): give dead_letter= to IdempotencyMiddleware; until "
-                "then it is put back again and again",
-                self._origin(),
-                dead_letter.reason,
-            )
-            return False
+        assert keep is not None  # else it is put back
         try:
             await keep(msg, dead_letter.headers)
         except Exception as failed:  # noqa: BLE001 - it must not be acknowledged, whatever it was
-            _logger.error("a dead letter from %s could not be published: %r", self._origin(), failed)  # noqa: TRY400 - its traceback may show the message
+            _logger.error("a dead letter of %s could not be published: %r", self._origin(), failed)  # noqa: TRY400 - its traceback may show the message
             return False
         return True
 
@@ -265,7 +261,7 @@ class _OfMessage(BaseMiddleware[Any, Any]):
     ) -> bool | None:
         """Have a message come again whose outcome is recorded, but not published as FastStream should."""
         if self._has_outcome and isinstance(exc_val, Exception) and not isinstance(exc_val, HandlerException):
-            _logger.error("the outcome of a message from %s was not published: %r", self._origin(), exc_val)
+            _logger.error("the outcome of a message of %s was not published: %r", self._origin(), exc_val)
             await asyncio.sleep(FIRST_DELAY)
             raise NackMessage from exc_val
         return False

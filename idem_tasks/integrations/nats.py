@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
@@ -27,6 +27,10 @@ from idem_tasks.integrations.settling import (
     PutBack,
     key_in_headers,
 )
+from idem_tasks.policy import Policy, PolicyFields
+
+if TYPE_CHECKING:
+    from idem_tasks.idempotency import Idempotency
 
 _logger = logging.getLogger("idem_tasks")
 
@@ -61,40 +65,55 @@ def message_body(message: Msg) -> bytes:
 
 
 def idempotent_callback(
-    handler: Callable[..., Awaitable[Any]],
     js: JetStreamContext,
     *,
-    key: str | Callable[..., object] = message_key,
-    scope: str | Callable[..., object] = consumer_scope,
+    key: str | Callable[..., object] | None = None,
+    scope: str | Callable[..., object] | None = None,
     fingerprint: str | Sequence[str] | Callable[..., object] | None = message_body,
-    dead_letter_subject: str | None = None,
+    session: Any = None,
+    idempotency: Idempotency | None = None,
+    policy: Policy | None = None,
     on_error: OnError = "put_back",
     longest_delay: float = LONGEST_DELAY,
-    **options: Any,
-) -> Callable[[Msg], Awaitable[None]]:
-    """Make `async def handler(msg)` run its effects once for each key, and settle each message that it is called with.
+    dead_letter_subject: str | None = None,
+    **fields: Unpack[PolicyFields],
+) -> Callable[[Callable[..., Awaitable[Any]]], Callable[[Msg], Awaitable[None]]]:
+    """Make of a handler `async def (msg)` what `js.subscribe(subject, durable=…, cb=callback, manual_ack=True)` takes.
 
-    `await js.subscribe("orders", durable="shop", cb=idempotent_callback(charge, js), manual_ack=True)`, or
-    `await callback(msg)` for each message of a pull subscription. The consumer needs `ack_policy` explicit, and should
-    have no `max_deliver`. `js` asks for the consumer's settings, once, and publishes dead letters to
-    `dead_letter_subject`, which a stream has to keep. `longest_delay` is in seconds. The other `options` are those of
-    `@idempotent_task`: `session`, `idempotency`, `policy` and its fields.
+    A message of a pull subscription is given to it by `await callback(msg)`. A message is acknowledged once its
+    outcome is recorded, whether it was made now or before. What is in progress elsewhere, and what cannot be recorded
+    now, is delivered again after a delay. What is parked, in doubt, or can never be handled is published to
+    `dead_letter_subject`, which a stream has to keep; without one it is put back and an error is logged, but never
+    dropped. `js` publishes it, and asks for the consumer's settings once.
 
-    Raises `ConfigurationError` here for what can be known now, and from the callback for a consumer whose messages
-    could be lost: the message is not settled then, and comes again after its `ack_wait`.
+    `key` defaults to `message_key`, `scope` to `stream.consumer`, `fingerprint` to the body. `on_error`: a message
+    whose handler raised is put back ("put_back"), later each time and `longest_delay` seconds at most, or is a dead
+    letter at once ("dead_letter"). All else is as with `idempotent_task`.
+
+    Raises `ConfigurationError` for what is known to be wrong before a message comes, and from the callback for a
+    consumer that could lose messages: the message is not settled then, and comes again after its `ack_wait`.
     """
-    settling = MessageHandler(
-        handler,
-        runtime="asyncio",
-        key=key,
-        scope=scope,
-        fingerprint=fingerprint,
-        on_error=on_error,
-        longest_delay=longest_delay,
-        **options,
-    )
-    made = _Callback(settling, js, dead_letter_subject, float(longest_delay), needs_name=scope is consumer_scope)
-    return made.receive  # nats-py wants a coroutine function
+
+    def decorate(handler: Callable[..., Awaitable[Any]]) -> Callable[[Msg], Awaitable[None]]:
+        made = MessageHandler(
+            handler,
+            runtime="asyncio",
+            key=message_key if key is None else key,
+            scope=consumer_scope if scope is None else scope,
+            fingerprint=fingerprint,
+            on_error=on_error,
+            longest_delay=longest_delay,
+            missing_road=None if dead_letter_subject else "dead_letter_subject= to idempotent_callback",
+            session=session,
+            idempotency=idempotency,
+            policy=policy,
+            **fields,
+        )
+        needs_name = scope is None and made.function is not handler  # else the handler is decorated, with its scope
+        callback = _Callback(made, js, dead_letter_subject, float(longest_delay), needs_name=needs_name)
+        return callback.receive  # nats-py wants a coroutine function
+
+    return decorate
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +195,11 @@ class _Callback:
     async def _is_published(self, message: Msg, dead_letter: DeadLetter) -> bool:
         """Publish a dead letter and wait until a stream has it; tell, and log, whether one has."""
         place = f"{message.metadata.stream}:{message.metadata.sequence.stream}"
-        if self._dead_letter_subject is None:
+        if self._dead_letter_subject is None:  # the last delivery of a message that was interrupted
             _logger.error(
-                "%s should be a dead letter (%s), and there is no dead_letter_subject=: give one to "
-                "idempotent_callback; until then the message is %s",
+                "JetStream gives %s up, whose last delivery was interrupted, and it has nowhere to go: "
+                "give dead_letter_subject= to idempotent_callback, and make the consumer with max_deliver=-1",
                 place,
-                dead_letter.reason,
-                "given up by JetStream" if dead_letter.reason == "max_deliver" else "put back again and again",
             )
             return False
         own = {name: value for name, value in (message.headers or {}).items() if not name.lower().startswith("nats-")}

@@ -161,10 +161,10 @@ class MessageHandler:
         if isinstance(error, DuplicateError | OutcomeError) and not self._raised_by_handler(error):
             return Acknowledge()  # the handler ran before; its value is nothing that a consumer passes on
         if isinstance(error, PUT_BACK) or not isinstance(error, Exception):
-            return _later(error, count, longest)  # F31, F59; and a shutdown or a cancellation
+            return later(error, count, longest)  # F31, F59; and a shutdown or a cancellation
         reason = self._reason_of_death(error)
         if reason is None:
-            return _later(error, count, longest)
+            return later(error, count, longest)
         if self._missing_road is not None:
             _logger.error(
                 "a message of %s should be a dead letter (%s), and has nowhere to go: give %s; until then it comes "
@@ -198,7 +198,8 @@ class MessageHandler:
             _logger.exception("%s is not announced", name.value)
 
 
-def _later(error: BaseException, count: int, longest: float) -> PutBack:
+def later(error: BaseException, count: int, longest: float) -> PutBack:
+    """Have a message come again once the other's lease is over, or later each time, within `longest` seconds."""
     retry_after = error.retry_after if isinstance(error, InProgressError) else 0.0
     return _put_back(min(max(retry_after, FIRST_DELAY * 2.0 ** min(count, 20)), longest), count, error)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from taskiq.exceptions import NoResultError, TaskRejectedError
 from idem_tasks import hosts
 from idem_tasks.errors import PUT_BACK, ConfigurationError
 from idem_tasks.events import EventName
-from idem_tasks.integrations.settling import COUNT_HEADER, FIRST_DELAY, LONGEST_DELAY, times_put_back
+from idem_tasks.integrations.settling import COUNT_HEADER, LONGEST_DELAY, later, times_put_back
 
 _logger = logging.getLogger("idem_tasks")
 
@@ -30,9 +29,6 @@ _RIGHT_ORDER = """\
     @broker.task
     @idempotent_task(key="...")
     async def handler(...): ..."""
-
-_JITTER = 0.2
-"""Of the delay, at most: so that the duplicates of one message do not come back together."""
 
 _PAUSE = 1.0
 """Seconds before a message is sent once more that the broker did not take."""
@@ -80,17 +76,14 @@ class IdempotencyMiddleware(TaskiqMiddleware):
         if delivery is None or delivery.given_back is None:
             return
         error, announce = delivery.given_back
-        count = times_put_back(delivery.message.labels)
-        growing = FIRST_DELAY * 2.0 ** min(count, 20)
-        delay = min(max(getattr(error, "retry_after", 0.0), growing), self._longest_delay)
-        delay *= 1 + random.random() * _JITTER  # noqa: S311 - jitter is no secret
-        labels: dict[str, Any] = {COUNT_HEADER: count + 1}
+        again = later(error, times_put_back(delivery.message.labels), self._longest_delay)
+        labels: dict[str, Any] = {COUNT_HEADER: again.count}
         if self._delay_label is None:
-            await asyncio.sleep(delay)
+            await asyncio.sleep(again.delay)
         else:
-            labels[self._delay_label] = delay
+            labels[self._delay_label] = again.delay
         await self._send(delivery.message.model_copy(update={"labels": delivery.message.labels | labels}))
-        announce(EventName.PUT_BACK, count=count + 1, delay=round(delay, 3), reason=type(error).__name__)
+        announce(EventName.PUT_BACK, count=again.count, delay=round(again.delay, 3), reason=again.reason)
 
     async def _send(self, message: TaskiqMessage) -> None:
         """Return when the broker has the message; until then this worker keeps its own copy unacknowledged."""

@@ -19,14 +19,15 @@ async def main(url: str, database_url: str, stream: str, ledger: str, seconds: f
     client = await nats.connect(url)
     lines = Path(ledger)
 
+    js = client.jetstream()
+
+    @idempotent_callback(js, idempotency=idem, lease=1.5)
     async def charge(message: Msg) -> None:
         write(lines, "begin", message)
         await asyncio.sleep(seconds)
         write(lines, "end", message)
 
-    js = client.jetstream()
-    callback = idempotent_callback(charge, js, idempotency=idem, lease=1.5)
-    await js.subscribe(f"{stream}.orders", durable="shop", cb=callback, manual_ack=True)
+    await js.subscribe(f"{stream}.orders", durable="shop", cb=charge, manual_ack=True)
     await asyncio.Event().wait()
 
 

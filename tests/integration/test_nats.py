@@ -54,7 +54,7 @@ class Shop:
 
     def callback(self, handler: Callable[..., Any], **options: Any) -> Callable[[Msg], Any]:
         known: dict[str, Any] = {"idempotency": self.idem, "lease": 1.5}
-        return idempotent_callback(handler, self.js, **known | options)
+        return idempotent_callback(self.js, **known | options)(handler)
 
     async def publish(self, body: str = "A-1", **headers: str) -> None:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -309,7 +309,7 @@ async def test_without_a_road_for_dead_letters_nothing_is_dropped(
     await shop.publish()
     await until(lambda: len(deliveries) >= 3)
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    wanted = "no dead_letter_subject=" if subject is None else "could not be published to nobody_keeps_this"
+    wanted = "give dead_letter_subject=" if subject is None else "could not be published to nobody_keeps_this"
     assert any(wanted in error for error in errors)
     assert sum(await shop.left()) == 1
 
@@ -406,7 +406,7 @@ async def test_a_decorated_handler_keeps_its_own_key(shop: Shop) -> None:
     async def charge(message: Msg) -> str:
         return await shop.charge(message)
 
-    await shop.begin(idempotent_callback(charge, shop.js))
+    await shop.begin(idempotent_callback(shop.js)(charge))
     await shop.publish()
     await shop.publish()
     await shop.until_done(2)
