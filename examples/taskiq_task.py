@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 
 from taskiq.api import run_receiver_task
-from taskiq_aio_pika import AioPikaBroker, Exchange, Queue, QueueType
+from taskiq_aio_pika import AioPikaBroker
 
 from idem_tasks import Event, Idempotency, MemoryStore, idempotent_task
 from idem_tasks.integrations.taskiq import IdempotencyMiddleware
@@ -17,16 +17,7 @@ def note(event: Event) -> None:
     {"in_progress": in_progress, "replayed": replayed}.get(event.name.value, asyncio.Event()).set()
 
 
-def queue(name: str) -> Queue:
-    return Queue(name=f"t_example_taskiq{name}", type=QueueType.CLASSIC, auto_delete=True)
-
-
-broker = AioPikaBroker(
-    os.environ.get("RABBITMQ_URL", "amqp://guest:guest@127.0.0.1//"),
-    exchange=Exchange(name="t_example_taskiq_exchange", auto_delete=True),
-    task_queues=[queue("")],
-    dead_letter_queue=queue("_dead"),
-)
+broker = AioPikaBroker(os.environ.get("RABBITMQ_URL", "amqp://guest:guest@127.0.0.1//"))
 broker.add_middlewares(IdempotencyMiddleware())
 charged: list[str] = []
 
@@ -48,6 +39,8 @@ async def main() -> None:
     worker.cancel()
     with suppress(asyncio.CancelledError):
         await worker
+    for queue in ("taskiq", "taskiq.dead_letter"):
+        await broker.write_channel.queue_delete(queue)
     await broker.shutdown()
 
 

@@ -7,16 +7,20 @@ Taskiq; the middleware is added to the broker by hand.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, TaskiqMessage, TaskiqMiddleware, TaskiqResult
 from taskiq.exceptions import NoResultError, TaskRejectedError
 
 from idem_tasks import hosts
+from idem_tasks.decorator import idempotency_of
 from idem_tasks.errors import PUT_BACK, ConfigurationError
 from idem_tasks.events import EventName
 from idem_tasks.integrations.settling import COUNT_HEADER, LONGEST_DELAY, later, times_put_back
@@ -71,11 +75,14 @@ class IdempotencyMiddleware(TaskiqMiddleware):
         return message
 
     async def on_error(self, message: TaskiqMessage, result: TaskiqResult[Any], exception: BaseException) -> None:
-        """Send a message again that its host gave back; Taskiq acknowledges it, whatever was raised, after this."""
+        """Send a message again that its host gave back; Taskiq acknowledges it after this, whatever was raised."""
         delivery = _current.get()
-        if delivery is None or delivery.given_back is None:
+        if delivery is None:
             return
-        error, announce = delivery.given_back
+        error, announce = delivery.given_back or (exception, partial(_announce, delivery, exception))
+        if not isinstance(error, PUT_BACK):
+            return
+        result.error = NoResultError()  # also where a pool ran the task, and found no host there
         again = later(error, times_put_back(delivery.message.labels), self._longest_delay)
         labels: dict[str, Any] = {COUNT_HEADER: again.count}
         if self._delay_label is None:
@@ -106,9 +113,16 @@ class _Delivery:
     message: TaskiqMessage
     is_taken: bool = False  # a handler that calls itself is within the one delivery, which its outermost call settles
     given_back: tuple[BaseException, Callable[..., None]] | None = None
+    process: int = field(default_factory=os.getpid)
 
 
 _current: ContextVar[_Delivery | None] = ContextVar("idem_tasks_taskiq_delivery", default=None)
+
+
+def _announce(delivery: _Delivery, error: BaseException, name: EventName, **details: Any) -> None:
+    with contextlib.suppress(ConfigurationError):  # the task called what is idempotent, and is not so itself
+        task = idempotency_of(delivery.broker.find_task(delivery.message.task_name))
+        task.announce(name, getattr(error, "scope", ""), getattr(error, "key", ""), **details)
 
 
 def refuse_task(target: object) -> None:
@@ -121,6 +135,8 @@ def find_host(function: Callable[..., Any]) -> TaskiqHost | None:
     """Return the host of this call if `function` is what the task of the current message runs, else None."""
     delivery = _current.get()
     if delivery is None or delivery.is_taken or not _runs(delivery, function):
+        return None
+    if delivery.process != os.getpid():  # a pool's, which hands errors over: the middleware sees to ours there
         return None
     delivery.is_taken = True
     return TaskiqHost(delivery)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aio_pika
 import pytest
@@ -19,9 +19,9 @@ import pytest_asyncio
 from taskiq import Context, InMemoryBroker, SimpleRetryMiddleware, TaskiqDepends
 from taskiq.api import run_receiver_task
 from taskiq.result_backends.dummy import DummyResultBackend
-from taskiq_aio_pika import AioPikaBroker, Exchange, Queue, QueueType
+from taskiq_aio_pika import AioPikaBroker
 
-from idem_tasks import ConfigurationError, Event, Idempotency, MemoryStore, idempotency_of, idempotent_task
+from idem_tasks import ConfigurationError, Event, Idempotency, MemoryStore, Policy, idempotency_of, idempotent_task
 from idem_tasks.integrations.taskiq import IdempotencyMiddleware
 from tests.services.waiting import wait_until
 
@@ -30,16 +30,17 @@ pytestmark = pytest.mark.asyncio
 HERE = Path(__file__).parent
 
 
-def new_broker(url: str, name: str, **options: Any) -> AioPikaBroker:
+def new_broker(url: str, name: str) -> AioPikaBroker:
     """Make a broker of one queue, that knows of no other test's."""
-    return AioPikaBroker(
-        url,
-        exchange=Exchange(name=f"{name}_exchange"),
-        task_queues=[Queue(name=name, type=QueueType.CLASSIC)],
-        dead_letter_queue=Queue(name=f"{name}_dead", type=QueueType.CLASSIC),
-        delay_queue=Queue(name=f"{name}_delay", type=QueueType.CLASSIC),
-        **options,
-    )
+    names = {"queue": name, "dead_letter_queue": f"{name}_dead", "delay_queue": f"{name}_delay"}
+    try:
+        from taskiq_aio_pika import Exchange, Queue, QueueType
+    except ImportError:  # before 0.6
+        options: dict[str, Any] = {f"{option}_name": value for option, value in names.items()}
+        return AioPikaBroker(url, exchange_name=f"{name}_exchange", **options)
+    queues: dict[str, Any] = {option: Queue(name=value, type=QueueType.CLASSIC) for option, value in names.items()}
+    task_queues = [queues.pop("queue")]
+    return AioPikaBroker(url, exchange=Exchange(name=f"{name}_exchange"), task_queues=task_queues, **queues)
 
 
 async def remove(url: str, name: str) -> None:
@@ -269,33 +270,88 @@ async def test_a_wrong_delay_is_an_error_at_once() -> None:
         IdempotencyMiddleware(longest_delay=0)
 
 
-async def test_a_killed_worker_leaves_its_message_to_the_next(
-    rabbitmq_url: str, unique_name: str, sqlite_url: str, tmp_path: Path
-) -> None:
-    """RabbitMQ delivers it again, it is put back while the dead worker's lease runs, and then it runs once more."""
-    ledger = tmp_path / "ledger"
+async def test_what_a_task_lets_through_is_put_back_too(shop: Shop) -> None:
+    """It is not decorated, and called what is."""
+    shop.broker.add_middlewares(IdempotencyMiddleware())
+    release = asyncio.Event()
+
+    async def charge(order: str) -> str:
+        shop.begun.append(order)
+        await release.wait()
+        return f"charged {order}"
+
+    async def call(order: str) -> str:
+        return await shop.idem.arun(charge, order, scope="charge", key=order, policy=Policy(lease=1.5))
+
+    task = shop.broker.task(task_name="call")(call)
+    async with Worker(shop.broker):
+        for _ in range(2):
+            await task.kiq("A-1")
+        await until(lambda: "in_progress" in shop.names())
+        release.set()
+        await until(lambda: len(shop.saved) == 2)
+    assert shop.begun == ["A-1"]
+    assert [value for _, value in shop.saved] == ["charged A-1"] * 2
+
+
+class Workers:
+    """Processes that consume one queue, and the file in which they write what happened."""
+
+    def __init__(self, url: str, database_url: str, queue: str, ledger: Path) -> None:
+        self.url, self.queue, self.ledger = url, queue, ledger
+        self.command = [sys.executable, "-m", "tests.integration.taskiq_worker", url, database_url, queue, str(ledger)]
+        self.broker = new_broker(url, queue)
+
+    async def __aenter__(self) -> Self:
+        await self.broker.startup()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.broker.shutdown()
+        await remove(self.url, self.queue)
+
+    def start(self, seconds: str) -> subprocess.Popen[bytes]:
+        """Start a worker whose handlers take so many seconds."""
+        return subprocess.Popen([*self.command, seconds], env=os.environ | {"PYTHONPATH": str(HERE.parents[1])})
+
+    async def send(self, task_name: str) -> None:
+        async def elsewhere(order: str) -> None:
+            """Runs in the workers."""
+
+        await self.broker.task(task_name=task_name)(elsewhere).kiq("A-1")
+
+    async def until(self, is_so: Callable[[list[str]], bool], what: str) -> None:
+        await asyncio.to_thread(wait_until, lambda: is_so(self.lines()), seconds=30, what=what)
+
+    def lines(self) -> list[str]:
+        return self.ledger.read_text().splitlines() if self.ledger.exists() else []
+
+
+@pytest_asyncio.fixture
+async def workers(rabbitmq_url: str, unique_name: str, sqlite_url: str, tmp_path: Path) -> AsyncIterator[Workers]:
     await asyncio.to_thread(Idempotency.from_urls(database_url=sqlite_url).prepare)
-    command = [sys.executable, "-m", "tests.integration.taskiq_worker", rabbitmq_url, sqlite_url, unique_name]
+    async with Workers(rabbitmq_url, sqlite_url, unique_name, tmp_path / "ledger") as workers:
+        yield workers
 
-    def lines() -> list[str]:
-        return ledger.read_text().splitlines() if ledger.exists() else [""]
 
-    def worker(seconds: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*command, str(ledger), seconds], env=os.environ | {"PYTHONPATH": str(HERE.parents[1])})
-
-    broker = new_broker(rabbitmq_url, unique_name)
-
-    async def charge(order: str) -> None:
-        """Runs in the workers."""
-
-    await broker.startup()
-    with worker("60") as first:
-        await broker.task(task_name="charge")(charge).kiq("A-1")
-        await asyncio.to_thread(wait_until, lambda: lines() == ["begin A-1"], seconds=20, what="the handler")
+async def test_a_killed_worker_leaves_its_message_to_the_next(workers: Workers) -> None:
+    """RabbitMQ delivers it again, it is put back while the dead worker's lease runs, and then it runs once more."""
+    with workers.start("60") as first:
+        await workers.send("charge")
+        await workers.until(lambda lines: lines == ["begin A-1"], "the handler")
         first.kill()
-    with worker("0") as second:
-        await asyncio.to_thread(wait_until, lambda: lines()[-1] == "end A-1", seconds=30, what="the take-over")
+    with workers.start("0") as second:
+        await workers.until(lambda lines: "end A-1" in lines, "the take-over")
         second.kill()
-    assert lines() == ["begin A-1", "begin A-1", "end A-1"]
-    await broker.shutdown()
-    await remove(rabbitmq_url, unique_name)
+    assert [line for line in workers.lines() if "put_back" not in line] == ["begin A-1", "begin A-1", "end A-1"]
+
+
+async def test_in_a_pool_of_processes_it_is_put_back_too(workers: Workers) -> None:
+    """An error of ours comes out of the pool, and the middleware sees to it."""
+    with workers.start("1") as worker:
+        for _ in range(2):
+            await workers.send("charge_in_a_pool")
+        await workers.until(lambda lines: "replayed A-1" in lines, "the duplicate")
+        worker.terminate()
+    assert [line for line in workers.lines() if "put_back" not in line] == ["begin A-1", "end A-1", "replayed A-1"]
+    assert "put_back A-1" in workers.lines()
