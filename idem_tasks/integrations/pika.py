@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from pika.exceptions import AMQPError
 
 from idem_tasks.errors import ConfigurationError
-from idem_tasks.integrations.rabbitmq_copies import CONSUMER_TIMEOUT, PAUSE_BEFORE_NACK, Roads
+from idem_tasks.integrations.rabbitmq_copies import CONSUMER_TIMEOUT, PAUSE_AFTER_REFUSAL, Roads
 from idem_tasks.integrations.settling import (
     LONGEST_DELAY,
     Acknowledge,
@@ -106,18 +106,23 @@ def idempotent_callback(
     return decorate
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Delivery:
     """One message as it came, whatever its handler does to its properties (F18)."""
 
     channel: Any
-    tag: int
+    method: Any
     properties: Any
     body: bytes
+    count: int
+    """How often it was put back, or should have been."""
 
     @property
     def connection(self) -> Any:
         return self.channel.connection
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.channel, self.method, copy.deepcopy(self.properties), self.body
 
 
 class IdempotentCallback:
@@ -141,12 +146,7 @@ class IdempotentCallback:
         if not hasattr(channel.connection, "add_callback_threadsafe"):
             raise ConfigurationError("idempotent_callback works with a BlockingConnection of pika, not with others")
         self._thread = threading.get_ident()
-        if self._closed:
-            return  # unacknowledged, it goes back as soon as its channel is closed
-        delivery = _Delivery(channel, method.delivery_tag, copy.deepcopy(properties), body)
-        self._unsettled.add(delivery)
-        future = self._workers.submit(self._handle, delivery, (channel, method, properties, body))
-        future.add_done_callback(partial(self._was_cancelled, delivery))
+        self._begin(_Delivery(channel, method, properties, body, times_put_back(properties.headers)))
 
     def close(self) -> None:
         """Begin no more handlers, and return once the running ones have ended and their messages are settled.
@@ -172,6 +172,13 @@ class IdempotentCallback:
     ) -> None:
         self.close()
 
+    def _begin(self, delivery: _Delivery) -> None:
+        if self._closed or not delivery.channel.is_open:
+            return  # unacknowledged, it goes back as soon as its channel is closed
+        self._unsettled.add(delivery)
+        future = self._workers.submit(self._handle, delivery)
+        future.add_done_callback(partial(self._was_cancelled, delivery))
+
     def _open_connection(self) -> Any:
         """Return a connection that still has something to settle."""
         return next((one.connection for one in self._unsettled.copy() if one.connection.is_open), None)
@@ -182,14 +189,15 @@ class IdempotentCallback:
 
     # In a worker thread
 
-    def _handle(self, delivery: _Delivery, arguments: tuple[Any, ...]) -> None:
-        raised: BaseException | None = None
+    def _handle(self, delivery: _Delivery) -> None:
+        arguments, raised = delivery.arguments(), None
         try:
             self.handler.function(*arguments)
         except BaseException as error:  # noqa: BLE001 - a SystemExit in a thread ends nothing but its handler
             raised = error
-        count = times_put_back(delivery.properties.headers)
-        settlement = self.handler.settle(raised, count, self._roads.queue, arguments, {}, hold_limit=CONSUMER_TIMEOUT)
+        settlement = self.handler.settle(
+            raised, delivery.count, self._roads.queue, arguments, {}, hold_limit=CONSUMER_TIMEOUT
+        )
         try:
             delivery.connection.add_callback_threadsafe(partial(self._settle, delivery, settlement))
         except AMQPError as error:
@@ -225,7 +233,8 @@ class IdempotentCallback:
         except Exception as error:  # noqa: BLE001 - whatever it is, the message must stay
             _logger.error("a message of %s could not be published again: %r", self._roads.queue, error)  # noqa: TRY400 - where it stands says nothing
             if delivery.connection.is_open:
-                delivery.connection.call_later(PAUSE_BEFORE_NACK, partial(self._return, delivery))
+                delivery.count += 1
+                delivery.connection.call_later(PAUSE_AFTER_REFUSAL, partial(self._begin, delivery))
         else:
             self._acknowledge(delivery)
 
@@ -239,15 +248,9 @@ class IdempotentCallback:
 
     def _acknowledge(self, delivery: _Delivery) -> None:
         try:
-            delivery.channel.basic_ack(delivery.tag)
+            delivery.channel.basic_ack(delivery.method.delivery_tag)
         except AMQPError as error:
             self._warn("could not be acknowledged", error)
-
-    def _return(self, delivery: _Delivery) -> None:
-        try:
-            delivery.channel.basic_nack(delivery.tag, requeue=True)
-        except AMQPError as error:
-            self._warn("could not be returned", error)
 
     def _warn(self, what: str, error: Exception) -> None:
         _logger.warning("a message of %s %s, and is delivered again: %r", self._roads.queue, what, error)

@@ -1,7 +1,9 @@
 """How RabbitMQ gets a message once more: put back to its queue, or as a dead letter; the same for each of its clients.
 
 The copy is published, confirmed by the broker and routed to a queue, before the message itself is acknowledged (F60).
-A copy that is refused, returned or not confirmed in time leaves the message with the broker, for another delivery.
+A message whose copy is refused, returned or not confirmed in time is held on and handled again after a pause. It is not
+given back to the broker: RabbitMQ 3.10 counts a nack with requeue=True against the delivery limit of a quorum queue as
+it counts a reject, and drops the message beyond that (F40).
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ CONSUMER_TIMEOUT = 1800.0
 CONFIRM_TIMEOUT = 10.0
 """Seconds to wait for the broker's confirmation."""
 
-PAUSE_BEFORE_NACK = 1.0
-"""Seconds before a message whose copy was refused goes back to its queue, which delivers it again at once."""
+PAUSE_AFTER_REFUSAL = 1.0
+"""Seconds before a message whose copy was refused is handled again."""
+
+WITHOUT_ID_HEADER = "idem_tasks_without_id"
+"""Of a copy whose message had no `message_id`, if the client gave it one: that is no key."""
 
 _NOT_COPIED = frozenset({"BCC", "CC", "x-delivery-count"})
 """Headers with a meaning for the broker itself: CC and BCC would send the copy to other queues too, and the deliveries
@@ -85,9 +90,11 @@ class Roads:
         """The default scope of its messages: the name of the queue."""
         return self.queue
 
-    def key(self, headers: Mapping[str, Any] | None, *ids: Any) -> str:
-        """The default key of a message: that in its headers, else the first of its ids that is one."""
-        for key in (key_in_headers(headers), *ids):
+    def key(self, headers: Mapping[str, Any] | None, message_id: object, task_id: object = None) -> str:
+        """The default key of a message: that in its headers, else its id, else the id of its Celery task."""
+        if headers and WITHOUT_ID_HEADER in headers:
+            message_id = None
+        for key in (key_in_headers(headers), message_id, task_id):
             if key:
                 return str(key)
         raise InvalidKeyError(
