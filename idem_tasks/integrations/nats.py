@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
@@ -28,6 +29,7 @@ from idem_tasks.integrations.settling import (
     key_in_headers,
 )
 from idem_tasks.policy import Policy, PolicyFields
+from idem_tasks.runtime import deadline_clock
 
 if TYPE_CHECKING:
     from idem_tasks.idempotency import Idempotency
@@ -149,7 +151,7 @@ class _Callback:
     async def receive(self, message: Msg) -> None:
         """Run the handler for this message, or replay its outcome, and settle the message."""
         consumer = await self._consumer_of(message)
-        delivery = _Delivery(message, consumer)
+        delivery = _Delivery(message, consumer, self._settling.task.policy.max_hold)
         count = message.metadata.num_delivered - 1
         try:
             delay = await self._run_and_settle(delivery, count)
@@ -225,15 +227,21 @@ class _Callback:
 
 
 class _Delivery:
-    """One delivery of a message, which JetStream is told is in progress until it is settled."""
+    """One delivery of a message, which JetStream is told is in progress until it is settled.
 
-    def __init__(self, message: Msg, consumer: _Consumer) -> None:
+    Or until `max_hold` is over, as the claim is renewed no longer: a handler that hangs must not keep its message from
+    the others. A last delivery has nobody else.
+    """
+
+    def __init__(self, message: Msg, consumer: _Consumer, max_hold: float) -> None:
         self.message = message
         self.is_last = consumer.is_last(message)
-        self._telling = asyncio.create_task(self._tell_progress(consumer.ack_wait / _BEATS))
+        seconds = math.inf if self.is_last else max_hold
+        self._telling = asyncio.create_task(self._tell_progress(consumer.ack_wait / _BEATS, seconds))
 
-    async def _tell_progress(self, period: float) -> None:
-        while True:
+    async def _tell_progress(self, period: float, seconds: float) -> None:
+        until = deadline_clock() + seconds
+        while deadline_clock() + period < until:
             await asyncio.sleep(period)
             try:
                 await self.message.in_progress()

@@ -181,6 +181,30 @@ async def test_a_handler_longer_than_ack_wait_is_delivered_once(shop: Shop) -> N
     assert (deliveries, info.num_redelivered) == ([1], 0)
 
 
+async def test_a_handler_that_hangs_does_not_keep_its_message(shop: Shop) -> None:
+    """After `max_hold` JetStream hears no more of it, and another delivery takes over (F2)."""
+
+    async def hang_once(message: Msg) -> None:
+        shop.begun.append(message.data.decode())
+        if len(shop.begun) == 1:
+            await asyncio.Event().wait()
+
+    subscription = await shop.js.pull_subscribe(
+        f"{shop.stream}.orders", durable=DURABLE, config=ConsumerConfig(ack_wait=1)
+    )
+    callback = shop.callback(hang_once, lease=1.0, max_hold=1.0)
+    await shop.publish()
+    (message,) = await subscription.fetch(1)
+    hanging = asyncio.create_task(callback(message))
+    (again,) = await subscription.fetch(1, timeout=10)
+    await callback(again)
+    await shop.until_done(1)
+    hanging.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await hanging
+    assert shop.begun == ["A-1", "A-1"]
+
+
 async def test_a_killed_consumer_leaves_its_message_to_the_next(
     nats_url: str, shop: Shop, sqlite_url: str, tmp_path: Path
 ) -> None:
