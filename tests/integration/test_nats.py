@@ -275,6 +275,52 @@ async def ignore(error: Exception) -> None:
     """A client says by itself that its server went away."""
 
 
+async def test_an_acknowledgement_that_nobody_confirms_is_known(
+    private_nats: Callable[..., NATSServer], unique_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that hangs just then has heard it, or delivers the message again and it is replayed."""
+    server = private_nats()
+    client = await nats.connect(server.url)
+    shop = Shop(client, unique_name)
+    await shop.js.add_stream(name=unique_name, subjects=[f"{unique_name}.*"])
+
+    async def charge(message: Msg) -> str:
+        await asyncio.to_thread(server.pause)
+        return await shop.charge(message)
+
+    await shop.begin(shop.callback(charge))
+    await shop.publish()
+    await until(lambda: "was not confirmed" in caplog.text)
+    await asyncio.to_thread(server.resume)
+    await shop.until_done(1)
+    assert shop.begun == ["A-1"]
+    await client.close()
+
+
+async def test_what_cannot_be_put_back_comes_again_by_itself(
+    shop: Shop, nats_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection that is closed in mid-run leaves its message to JetStream."""
+    other = await nats.connect(nats_url)
+    subscription = await other.jetstream().pull_subscribe(
+        f"{shop.stream}.orders", durable=DURABLE, config=ConsumerConfig(ack_wait=1)
+    )
+
+    async def fail(message: Msg) -> None:
+        await other.close()
+        raise ValueError
+
+    await shop.publish()
+    (message,) = await subscription.fetch(1)
+    await shop.callback(fail)(message)
+    assert "could not be put back" in caplog.text
+    mine = await shop.js.pull_subscribe(f"{shop.stream}.orders", durable=DURABLE)
+    (again,) = await mine.fetch(1, timeout=10)
+    await shop.callback(shop.charge)(again)
+    await shop.until_done(1)
+    assert shop.begun == ["A-1"]
+
+
 async def test_what_cannot_be_done_is_a_dead_letter_with_its_reason(shop: Shop) -> None:
     """A poisonous message is put back until its attempts are used up, then kept where a person finds it."""
 
