@@ -75,6 +75,20 @@ def find(function: Callable[..., Any]) -> Host | None:
     return None
 
 
+def runs(outer: Any, function: Callable[..., Any]) -> bool:
+    """Tell whether `outer`, what a framework calls, is `function` under decorators and as a method."""
+    layer = outer
+    for _ in range(_MAX_WRAPPERS):
+        layer = getattr(layer, "__func__", layer)
+        if layer is None or layer is function:
+            break
+        layer = getattr(layer, "__wrapped__", None)
+    return layer is function
+
+
+_MAX_WRAPPERS = 50
+
+
 def refuse_wrong_order(target: object) -> None:
     """Raise `ConfigurationError` if `target` is a framework's object, which has to be made of the decorated one."""
     _load_integrations()

@@ -54,8 +54,6 @@ _FINAL = (
 _PAUSE = 1.0
 """Seconds before a message is published once more that the broker did not take; its client has tried a few times."""
 
-_MAX_WRAPPERS = 50
-
 
 class IdempotencyMiddleware(Middleware):
     """Puts back what is in progress or could not be recorded, and makes dead letters of what waits for a person.
@@ -132,12 +130,7 @@ def find_host(function: Callable[..., Any]) -> DramatiqHost | None:
 
 
 def _runs(delivery: _Delivery, function: Callable[..., Any]) -> bool:
-    layer: Any = delivery.broker.get_actor(delivery.message.actor_name).fn
-    for _ in range(_MAX_WRAPPERS):
-        if layer is None or layer is function:
-            break
-        layer = getattr(layer, "__wrapped__", None)
-    return layer is function
+    return hosts.runs(delivery.broker.get_actor(delivery.message.actor_name).fn, function)
 
 
 class DramatiqHost:

@@ -40,8 +40,6 @@ _PAUSE = 1.0
 _SEND_TIMEOUT = 10.0
 """Seconds until a broker is taken not to answer; the message is sent once more then, and runs once all the same."""
 
-_MAX_WRAPPERS = 50
-
 
 class IdempotencyMiddleware(TaskiqMiddleware):
     """Sends a message again that is in progress elsewhere or whose outcome could not be recorded.
@@ -143,12 +141,7 @@ def find_host(function: Callable[..., Any]) -> TaskiqHost | None:
 
 
 def _runs(delivery: _Delivery, function: Callable[..., Any]) -> bool:
-    layer: Any = getattr(delivery.broker.find_task(delivery.message.task_name), "original_func", None)
-    for _ in range(_MAX_WRAPPERS):
-        if layer is None or layer is function:
-            break
-        layer = getattr(layer, "__wrapped__", None)
-    return layer is function
+    return hosts.runs(getattr(delivery.broker.find_task(delivery.message.task_name), "original_func", None), function)
 
 
 class TaskiqHost:
