@@ -304,11 +304,11 @@ class _OfTask(IdempotentFunction):
 
 
 def idempotency_of(task: Any) -> IdempotentFunction:
-    """Return what is known of a decorated function or method, or of the Celery task made of one.
+    """Return what is known of a decorated function or method, or of the task or actor that a framework made of one.
 
     Raises `ConfigurationError` for anything else.
     """
-    found = _find(task)
+    found = _find(task) or _find(getattr(task, "fn", None))
     if found is not None:
         return found
     for attribute in ("_orig_run", "run"):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
-_INTEGRATIONS = {"celery": "idem_tasks.integrations.celery"}
+_INTEGRATIONS = {name: f"idem_tasks.integrations.{name}" for name in ("celery", "dramatiq", "taskiq")}
 
 
 class Host(Protocol):
@@ -73,6 +73,20 @@ def find(function: Callable[..., Any]) -> Host | None:
         if host is not None:
             return host
     return None
+
+
+def runs(outer: Any, function: Callable[..., Any]) -> bool:
+    """Tell whether `outer`, what a framework calls, is `function` under decorators and as a method."""
+    layer = outer
+    for _ in range(_MAX_WRAPPERS):
+        layer = getattr(layer, "__func__", layer)
+        if layer is None or layer is function:
+            break
+        layer = getattr(layer, "__wrapped__", None)
+    return layer is function
+
+
+_MAX_WRAPPERS = 50
 
 
 def refuse_wrong_order(target: object) -> None:

@@ -41,8 +41,6 @@ _RIGHT_ORDER = """\
     @idempotent_task(key="...")
     def handler(...): ..."""
 
-_MAX_WRAPPERS = 50
-
 
 def refuse_task(target: object) -> None:
     """Raise `ConfigurationError` for a Celery task: the decorators are in the wrong order.
@@ -71,16 +69,7 @@ def find_host(function: Callable[..., Any]) -> CeleryHost | None:
 
 def _runs(task: Task, function: Callable[..., Any]) -> bool:
     """Look for the function under `bind`, autoretry, pydantic and whatever else wraps a task's `run`."""
-    for run in (task.run, getattr(task, "_orig_run", None)):
-        layer = run
-        for _ in range(_MAX_WRAPPERS):
-            layer = getattr(layer, "__func__", layer)
-            if layer is None or layer is function:
-                break
-            layer = getattr(layer, "__wrapped__", None)
-        if layer is function:
-            return True
-    return False
+    return any(hosts.runs(run, function) for run in (task.run, getattr(task, "_orig_run", None)))
 
 
 def _loop_is_running() -> bool:

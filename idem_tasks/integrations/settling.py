@@ -44,7 +44,8 @@ COUNT_HEADER = "idem_tasks_put_back"
 """The message header that counts how often a message was put back; the same as Celery's messages have."""
 
 REASON_HEADER = "idem_tasks_reason"
-"""Why a message is a dead letter: parked, in_doubt, fingerprint_mismatch, invalid_key, failed or handler_error."""
+"""Why a message is a dead letter: parked, in_doubt, fingerprint_mismatch, invalid_key, failed or handler_error; NATS
+has max_deliver too."""
 
 FIRST_DELAY = 0.5
 """Seconds before a message that was put back comes again, at least; doubled each time."""
@@ -205,7 +206,7 @@ class MessageHandler:
 
 
 def later(error: BaseException, count: int, longest: float) -> PutBack:
-    """Return that a message comes again: as late as the error says, and later each time."""
+    """Have a message come again once the other's lease is over, or later each time, within `longest` seconds."""
     retry_after = error.retry_after if isinstance(error, InProgressError) else 0.0
     return put_back(min(max(retry_after, FIRST_DELAY * 2.0 ** min(count, 20)), longest), count, error)
 

@@ -18,8 +18,12 @@ import pytest
 from tests.documents.reading import DOCUMENTS, EXAMPLES, blocks, name_of
 
 SERVERS = {
+    "dramatiq_actor.py": {"RABBITMQ_URL": "rabbitmq_url"},
+    "faststream_app.py": {"RABBITMQ_URL": "rabbitmq_url"},
+    "nats_consumer.py": {"NATS_URL": "nats_url"},
     "rabbitmq_consumer.py": {"RABBITMQ_URL": "rabbitmq_url"},
     "redis_and_postgres.py": {"IDEM_TASKS_REDIS_URL": "redis_url", "IDEM_TASKS_DATABASE_URL": "postgres_url"},
+    "taskiq_task.py": {"RABBITMQ_URL": "rabbitmq_url"},
 }
 """The examples that need servers: the variables that say where they are, and the fixtures that know."""
 

@@ -12,6 +12,7 @@ URLS = {
     "mariadb": "mysql+pymysql://root:idem_tasks@127.0.0.1:53306/mysql",
     "rabbitmq": "amqp://idem_tasks:idem_tasks@127.0.0.1:55672//",
     "kafka": "127.0.0.1:59092",
+    "nats": "nats://127.0.0.1:54222",
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.services import compose
 from tests.services.kafka_server import KafkaServer
 from tests.services.mariadb_server import MariaDBServer
+from tests.services.nats_server import NATSServer
 from tests.services.postgres_server import PostgresServer
 from tests.services.rabbitmq_server import RabbitMQServer
 from tests.services.redis_server import RedisServer
@@ -35,6 +36,7 @@ POSTGRES = Service("postgres", "IDEM_TASKS_TEST_POSTGRES_URL", PostgresServer)
 MARIADB = Service("mariadb", "IDEM_TASKS_TEST_MARIADB_URL", MariaDBServer)
 KAFKA = Service("kafka", "KAFKA_BOOTSTRAP", KafkaServer)
 RABBITMQ = Service("rabbitmq", "IDEM_TASKS_TEST_RABBITMQ_URL", RabbitMQServer)
+NATS = Service("nats", "IDEM_TASKS_TEST_NATS_URL", NATSServer)
 
 
 @dataclass(frozen=True)

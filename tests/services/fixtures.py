@@ -1,10 +1,10 @@
 """The fixtures through which tests get servers.
 
 Shared servers, each test with a part of its own: `redis_url`, `postgres_url`, `mariadb_url`, `mysql_url`,
-`rabbitmq_url`, `kafka_bootstrap`, `redis_sentinel`, `redis_cluster`; and `sqlite_url`; those with tables are in
-`tables.py`. What is not there is skipped, and under CI=true fails. A test that restarts, kills, pauses or reconfigures
-a server starts one: `private_redis()`, `private_postgres()`, `private_mariadb()`, `private_rabbitmq()`; or takes
-`private_redis_sentinel`, `private_redis_cluster`.
+`rabbitmq_url`, `kafka_bootstrap`, `nats_url`, `redis_sentinel`, `redis_cluster`; and `sqlite_url`; those with tables
+are in `tables.py`. What is not there is skipped, and under CI=true fails. A test that restarts, kills, pauses or
+reconfigures a server starts one: `private_redis()`, `private_postgres()`, `private_mariadb()`, `private_rabbitmq()`,
+`private_nats()`; or takes `private_redis_sentinel`, `private_redis_cluster`.
 """
 
 import os
@@ -22,6 +22,7 @@ from tests.not_run_here import NOT_RUN_HERE
 from tests.services import finding
 from tests.services.databases import new_database
 from tests.services.mariadb_server import MariaDBServer
+from tests.services.nats_server import NATSServer
 from tests.services.postgres_server import PostgresServer
 from tests.services.rabbitmq_server import RabbitMQServer
 from tests.services.redis_server import RedisCluster, RedisSentinel, RedisServer
@@ -176,6 +177,12 @@ def rabbitmq_url(service_run: Run, worker_number: int) -> str:
     return server.url.removesuffix("0") + str(worker_number)
 
 
+@pytest.fixture
+def nats_url(service_run: Run) -> str:
+    """`nats://…`: a server with JetStream that other tests use too; take `unique_name` for streams and subjects."""
+    return found(finding.NATS, service_run).url
+
+
 @pytest.fixture(scope="session")
 def kafka_bootstrap(service_run: Run) -> str:
     """`host:port` of a Kafka that all tests share: take `unique_name` for topics and groups.
@@ -283,4 +290,11 @@ def private_mariadb(service_run: Run) -> Iterator[Callable[..., MariaDBServer]]:
 def private_rabbitmq(service_run: Run) -> Iterator[Callable[..., RabbitMQServer]]:
     """`private_rabbitmq(heartbeat=2)` starts a RabbitMQ, with lines of rabbitmq.conf; it takes 10 s."""
     with private(RabbitMQServer, service_run) as start:
+        yield start
+
+
+@pytest.fixture
+def private_nats(service_run: Run) -> Iterator[Callable[..., NATSServer]]:
+    """`private_nats(max_payload="64KB")` starts a NATS, with lines of its configuration, for this test alone."""
+    with private(NATSServer, service_run) as start:
         yield start

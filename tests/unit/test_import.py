@@ -9,9 +9,13 @@ import pytest
 
 CLIENTS = {
     "celery",
+    "dramatiq",
+    "faststream",
     "kombu",
+    "nats",
     "redis",
     "sqlalchemy",
+    "taskiq",
     "pydantic",
     "alembic",
     "asyncpg",
@@ -40,6 +44,26 @@ def test_no_client_library_is_loaded() -> None:
         "async def charge_later(order): return order\n"
         "assert [charge('A-1'), charge('A-1'), asyncio.run(charge_later('A-1'))] == ['A-1'] * 3\n"
         "assert not clients & set(sys.modules), clients & set(sys.modules)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "import dramatiq.brokers.stub as stub; import dramatiq; task = dramatiq.actor(broker=stub.StubBroker())(ship)",
+        "import taskiq; task = taskiq.InMemoryBroker().task(ship)",
+    ],
+    ids=["dramatiq", "taskiq"],
+)
+def test_an_integration_is_loaded_once_its_framework_is(made: str) -> None:
+    """So that the decorator refuses what it must not go around."""
+    run(
+        "import idem_tasks\n"
+        "def ship(order): return order\n"
+        f"{made}\n"
+        "try: idem_tasks.idempotent_task(key='{order}')(task)\n"
+        "except idem_tasks.ConfigurationError as error: assert 'goes under' in str(error), error\n"
+        "else: raise SystemExit('it was decorated')\n"
     )
 
 

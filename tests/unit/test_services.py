@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import nats
 import psutil
 import psycopg
 import pymysql
@@ -18,6 +19,7 @@ from redis.sentinel import Sentinel
 from sqlalchemy import create_engine, make_url, text
 
 from tests.services.finding import REPOSITORY
+from tests.services.nats_server import NATSServer
 from tests.services.postgres_server import PostgresServer
 from tests.services.redis_server import RedisCluster, RedisSentinel, RedisServer
 from tests.services.run import Run
@@ -76,6 +78,32 @@ def test_rabbitmq_carries_a_message(rabbitmq_url: str, unique_name: str) -> None
         message.ack()
         queue.close()
     assert message.payload == "hello"
+
+
+@pytest.mark.asyncio
+async def test_nats_keeps_a_message(private_nats: Callable[..., NATSServer], unique_name: str) -> None:
+    """What a stream acknowledged is there after the server was killed."""
+    server = private_nats()
+    client = await nats.connect(server.url)
+    await client.jetstream().add_stream(name=unique_name, subjects=[f"{unique_name}.*"])
+    await client.jetstream().publish(f"{unique_name}.a", b"hello")
+    await client.close()
+    server.kill()
+    server.start()
+    client = await nats.connect(server.url)
+    assert (await client.jetstream().get_msg(unique_name, 1)).data == b"hello"
+    await client.close()
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+@pytest.mark.asyncio
+async def test_nats_has_jetstream(nats_url: str, unique_name: str, time: str) -> None:
+    """The shared server keeps streams too."""
+    client = await nats.connect(nats_url)
+    added = await client.jetstream().add_stream(name=unique_name, subjects=[unique_name])
+    assert added.state.messages == 0
+    await client.jetstream().delete_stream(unique_name)
+    await client.close()
 
 
 def test_sentinel_names_the_primary(redis_sentinel: RedisSentinel) -> None:
