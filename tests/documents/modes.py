@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
-from idem_tasks import Idempotency
 from idem_tasks.cli.application import application
 
 
@@ -18,16 +16,11 @@ class Feature:
     is_built: Callable[[], bool]
 
 
-BATCHES = Feature("batches: many messages in one call", lambda: hasattr(Idempotency, "run_batch"))
 DOCTOR = Feature(
     "a `doctor` command, which compares these settings with the servers' own",
     lambda: "doctor" in {command.name for command in application.registered_commands},
 )
-CONSUMERS = Feature(
-    "integrations of other consumers than Celery's",
-    lambda: any(find_spec(f"idem_tasks.integrations.{name}") for name in ("rabbitmq", "kafka", "sqs", "pika")),
-)
-FEATURES = (BATCHES, DOCTOR, CONSUMERS)
+FEATURES = (DOCTOR,)
 
 
 @dataclass(frozen=True)
@@ -204,7 +197,7 @@ GROUPS: dict[str, list[Mode]] = {
             24,
             "The broker delivers again while the first copy still runs",
             "The second copy is in progress: it is put back, or waits, and never runs.",
-            (DOCTOR, CONSUMERS),
+            (DOCTOR,),
         ),
         (
             25,
@@ -248,7 +241,6 @@ GROUPS: dict[str, list[Mode]] = {
             31,
             "A duplicate is acknowledged because the key is in progress; then the one who runs dies",
             "It is put back after the rest of the lease, and never answered as if it were done.",
-            (CONSUMERS,),
         ),
         (
             32,
@@ -284,7 +276,6 @@ GROUPS: dict[str, list[Mode]] = {
             38,
             "One member of a batch is blamed for another",
             "Each message has a claim and an outcome of its own.",
-            (BATCHES,),
         ),
         (
             39,
@@ -295,7 +286,6 @@ GROUPS: dict[str, list[Mode]] = {
             40,
             "Putting back uses up the deliveries that a queue allows, and a healthy message is dead-lettered",
             "It is published again after a delay, as a new message, and the old one acknowledged.",
-            (CONSUMERS,),
         ),
         (
             41,
@@ -316,7 +306,7 @@ GROUPS: dict[str, list[Mode]] = {
             44,
             "The message is acknowledged before it runs",
             "A Celery worker warns of each such task as it starts, and names the setting.",
-            (DOCTOR, CONSUMERS),
+            (DOCTOR,),
         ),
         (
             45,
@@ -408,13 +398,11 @@ GROUPS: dict[str, list[Mode]] = {
             59,
             "A lost lease or an absent store is reported as the task's failure, and the message is acknowledged",
             "In Celery tasks both put the message back.",
-            (CONSUMERS,),
         ),
         (
             60,
             "The copy that was put back is lost on its way, and the original is acknowledged",
             "It is published on a channel with confirms, and acknowledged after the broker's word.",
-            (CONSUMERS,),
         ),
         (
             61,
@@ -447,8 +435,7 @@ GROUPS: dict[str, list[Mode]] = {
         (
             66,
             "Two batches lock the same keys in opposite order",
-            "There are no batches yet. Renewals, which lock many, do so in the order of their keys.",
-            (BATCHES,),
+            "A batch locks its keys in their order, each once, and so do renewals; a deadlock with others is begun again.",
         ),
     ),
 }
