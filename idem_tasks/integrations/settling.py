@@ -175,9 +175,14 @@ def _dead_letter(reason: str, error: BaseException, origin: str) -> DeadLetter:
 
 def _decorated(handler: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     try:
-        idempotency_of(handler)
+        known = idempotency_of(handler)
     except ConfigurationError:
         return idempotent_task(**options)(handler)
+    if known.takes_many:
+        raise ConfigurationError(
+            f"{_name(handler)} is decorated with @idempotent_batch and takes many messages at once; "
+            "this consumer gives its handler one at a time: take @idempotent_task"
+        )
     return handler
 
 

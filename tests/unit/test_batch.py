@@ -27,10 +27,13 @@ from idem_tasks.errors import (
     ParkedError,
     StoreError,
     StoreUnavailableError,
+    comes_again,
 )
 from idem_tasks.events import EventName
+from idem_tasks.integrations.settling import MessageHandler
 from idem_tasks.replay import DOUBTFUL_SIZE
 from idem_tasks.runtime import Blocking, register_interruption, run_sync
+from idem_tasks.testing import assert_idempotent
 from tests.unit.batches import (
     Host,
     Message,
@@ -793,6 +796,34 @@ def test_what_is_known_of_a_task_takes_one_message(world: World) -> None:
     known = idempotency_of(ship).of_task("shop.ship", bound=True)
     [message] = messages("A")
     assert (known.scope_for(message), known.key_for(message)) == ("shop.ship", "A")
+
+
+@pytest.mark.parametrize("use", ["consumer", "assert_idempotent"])
+def test_what_takes_one_message_refuses_a_handler_of_many(world: World, use: str) -> None:
+    """A consumer and `assert_idempotent` say so before any message comes."""
+
+    @idempotent_batch(key="{message[id]}", idempotency=world.idem)
+    def ship(messages: list[Message]) -> list[str]:
+        return ["done" for _ in messages]
+
+    def give() -> object:
+        if use == "consumer":
+            return MessageHandler(ship, runtime="blocking", key=str, scope="queue", fingerprint=None)
+        return assert_idempotent(ship, messages("A"))
+
+    with pytest.raises(ConfigurationError, match="many"):
+        give()
+
+
+@pytest.mark.parametrize("error", [InProgressError(retry_after=7.0), StoreUnavailableError("away")])
+def test_a_batch_comes_again_if_any_of_its_messages_has_to(error: Exception) -> None:
+    """Put back, and not before what runs elsewhere may be over; one that only failed is not put back."""
+    results = ["done", ValueError("no"), error]
+    batch = BatchError(results=results, errors=(1, 2))
+    assert comes_again(batch)
+    assert batch.retry_after == getattr(error, "retry_after", 0.0)
+    assert not comes_again(BatchError(results=results, errors=(1,)))
+    assert BatchError("text alone").retry_after == 0.0
 
 
 # What is refused at decoration.
