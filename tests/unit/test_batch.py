@@ -764,6 +764,17 @@ def test_a_soft_limit_before_the_handler_brings_all_messages_back(
         assert [event.key for event in world.events if event.name is EventName.PUT_BACK] == ["A", "B"]
 
 
+def test_only_what_comes_again_is_announced_as_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that has its outcome already is in the copy too, and is not put back for its own sake."""
+    with world_on(monkeypatch, "blocking", 1) as world:
+        world.claim_elsewhere("B")
+        batch = under_a_host(world, lambda messages: ["done" for _ in messages])
+        with pytest.raises(BatchError, match="InProgressError"):
+            run_sync(perform_batch(batch))
+        batch.announce(EventName.PUT_BACK, count=1)
+        assert [event.key for event in world.events if event.name is EventName.PUT_BACK] == ["B"]
+
+
 def test_what_a_framework_raises_goes_on_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Retry is no failure: every message is released, uncounted, and Retry is what the framework gets."""
 
