@@ -27,10 +27,13 @@ from idem_tasks.errors import (
     ParkedError,
     StoreError,
     StoreUnavailableError,
+    comes_again,
 )
 from idem_tasks.events import EventName
+from idem_tasks.integrations.settling import MessageHandler
 from idem_tasks.replay import DOUBTFUL_SIZE
 from idem_tasks.runtime import Blocking, register_interruption, run_sync
+from idem_tasks.testing import assert_idempotent
 from tests.unit.batches import (
     Host,
     Message,
@@ -761,6 +764,17 @@ def test_a_soft_limit_before_the_handler_brings_all_messages_back(
         assert [event.key for event in world.events if event.name is EventName.PUT_BACK] == ["A", "B"]
 
 
+def test_only_what_comes_again_is_announced_as_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that has its outcome already is in the copy too, and is not put back for its own sake."""
+    with world_on(monkeypatch, "blocking", 1) as world:
+        world.claim_elsewhere("B")
+        batch = under_a_host(world, lambda messages: ["done" for _ in messages])
+        with pytest.raises(BatchError, match="InProgressError"):
+            run_sync(perform_batch(batch))
+        batch.announce(EventName.PUT_BACK, count=1)
+        assert [event.key for event in world.events if event.name is EventName.PUT_BACK] == ["B"]
+
+
 def test_what_a_framework_raises_goes_on_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Retry is no failure: every message is released, uncounted, and Retry is what the framework gets."""
 
@@ -793,6 +807,34 @@ def test_what_is_known_of_a_task_takes_one_message(world: World) -> None:
     known = idempotency_of(ship).of_task("shop.ship", bound=True)
     [message] = messages("A")
     assert (known.scope_for(message), known.key_for(message)) == ("shop.ship", "A")
+
+
+@pytest.mark.parametrize("use", ["consumer", "assert_idempotent"])
+def test_what_takes_one_message_refuses_a_handler_of_many(world: World, use: str) -> None:
+    """A consumer and `assert_idempotent` say so before any message comes."""
+
+    @idempotent_batch(key="{message[id]}", idempotency=world.idem)
+    def ship(messages: list[Message]) -> list[str]:
+        return ["done" for _ in messages]
+
+    def give() -> object:
+        if use == "consumer":
+            return MessageHandler(ship, runtime="blocking", key=str, scope="queue", fingerprint=None)
+        return assert_idempotent(ship, messages("A"))
+
+    with pytest.raises(ConfigurationError, match="many"):
+        give()
+
+
+@pytest.mark.parametrize("error", [InProgressError(retry_after=7.0), StoreUnavailableError("away")])
+def test_a_batch_comes_again_if_any_of_its_messages_has_to(error: Exception) -> None:
+    """Put back, and not before what runs elsewhere may be over; one that only failed is not put back."""
+    results = ["done", ValueError("no"), error]
+    batch = BatchError(results=results, errors=(1, 2))
+    assert comes_again(batch)
+    assert batch.retry_after == getattr(error, "retry_after", 0.0)
+    assert not comes_again(BatchError(results=results, errors=(1,)))
+    assert BatchError("text alone").retry_after == 0.0
 
 
 # What is refused at decoration.
