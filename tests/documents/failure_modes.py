@@ -45,9 +45,11 @@ def page() -> str:
 def _counts(tests: list[Proof]) -> str:
     tested = {number for test in tests for number in test.numbers}
     on_servers = {number for test in tests if test.servers for number in test.numbers}
+    waiting = len(MODES) - len(tested)
+    others = f"; the other {waiting} wait for features that are not built yet" if waiting else ""
     return fill(
-        f"Of {len(MODES)} modes {len(tested)} have tests, {len(on_servers)} of them on real servers; the other "
-        f"{len(MODES) - len(tested)} wait for features that are not built yet. Whatever is missing is named.",
+        f"Of {len(MODES)} modes {len(tested)} have tests, {len(on_servers)} of them on real servers{others}. Whatever is "
+        "missing is named.",
         WIDTH,
     )
 
