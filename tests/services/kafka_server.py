@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tests.services.run import Run
 from tests.services.server import Server, Unavailable
+from tests.services.waiting import wait_until
 
 
 class KafkaServer(Server):
@@ -38,3 +39,17 @@ class KafkaServer(Server):
 
     def answers(self) -> bool:
         return self._address.exists()
+
+
+def make_topic(bootstrap: str, name: str) -> list[int]:
+    """Have the cluster make a topic, as it does when a producer asks for one; returns its partitions."""
+    from confluent_kafka import Producer
+
+    producer, found = Producer({"bootstrap.servers": bootstrap}), list[int]()
+
+    def is_made() -> bool:
+        found[:] = producer.list_topics(name, timeout=30).topics[name].partitions
+        return len(found) > 0
+
+    wait_until(is_made, seconds=30, what=f"topic {name}")
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 from tests.consumers.plan import Plan
-from tests.services.kafka_server import KafkaServer
+from tests.services.kafka_server import KafkaServer, make_topic
 
 SERVER = KafkaServer
 FIXTURE = "kafka_bootstrap"
@@ -29,15 +29,13 @@ def _reading(plan: Plan) -> Iterator[Consumer]:
         consumer.close()
 
 
-def _places(consumer: Consumer, topic: str) -> list[TopicPartition]:
-    topics: Any = consumer.list_topics(topic, timeout=30).topics
-    return [TopicPartition(topic, number) for number in topics[topic].partitions]
+def _places(plan: Plan, topic: str) -> list[TopicPartition]:
+    return [TopicPartition(topic, number) for number in make_topic(plan.url, topic)]
 
 
 def declare(plan: Plan) -> None:
-    with _reading(plan) as consumer:
-        for name in (plan.name, plan.dead):
-            _places(consumer, name)  # a topic is made when it is asked for
+    for name in (plan.name, plan.dead):
+        make_topic(plan.url, name)
 
 
 def publish(plan: Plan, keys: Sequence[str]) -> None:
@@ -53,7 +51,7 @@ def left(plan: Plan, *, running: bool) -> int:
     """The lag of the group."""
     with _reading(plan) as consumer:
         ends = {}
-        for place in _places(consumer, plan.name):
+        for place in _places(plan, plan.name):
             _, ends[place.partition] = consumer.get_watermark_offsets(place, timeout=30)
         committed = consumer.committed([TopicPartition(plan.name, number) for number in ends], timeout=30)
         return sum(ends[place.partition] - max(place.offset, 0) for place in committed)
@@ -63,7 +61,7 @@ def dead_letters(plan: Plan) -> set[str]:
     found: set[str] = set()
     with _reading(plan) as consumer:
         wanted = 0
-        for place in _places(consumer, plan.dead):
+        for place in _places(plan, plan.dead):
             low, high = consumer.get_watermark_offsets(place, timeout=30)
             wanted += high - low
             consumer.incremental_assign([TopicPartition(plan.dead, place.partition, 0)])

@@ -19,5 +19,5 @@ def topic(kafka_bootstrap: str, unique_name: str) -> Iterator[Topic]:
 
 @pytest.fixture
 def idem(sqlite_url: str) -> Iterator[Idempotency]:
-    with Idempotency.from_urls(database_url=sqlite_url, lease=2.0) as idem:
+    with Idempotency.from_urls(database_url=sqlite_url) as idem:
         yield idem

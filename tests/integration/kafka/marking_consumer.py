@@ -13,7 +13,7 @@ import time
 from collections import Counter
 
 from confluent_kafka import Message
-from sqlalchemy import create_engine, event, select
+from sqlalchemy import create_engine, event, select, true
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.types import String
 
@@ -31,11 +31,13 @@ class Row(Table):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(50))
+    pid: Mapped[int] = mapped_column(default=os.getpid)
 
 
-def read_rows(sessions: sessionmaker[Session]) -> Counter[str]:
+def read_rows(sessions: sessionmaker[Session], *, pid: int | None = None) -> Counter[str]:
+    """How often each name is there; of all processes, or of one."""
     with sessions() as session:
-        return Counter(session.scalars(select(Row.name)))
+        return Counter(session.scalars(select(Row.name).where(Row.pid == pid if pid else true())))
 
 
 def marking(message: Message, session: Session) -> None:
@@ -43,7 +45,7 @@ def marking(message: Message, session: Session) -> None:
 
 
 def slowly(message: Message, session: Session) -> None:
-    time.sleep(0.02)
+    time.sleep(0.1)
     marking(message, session)
 
 

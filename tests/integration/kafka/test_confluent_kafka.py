@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer, Message, TopicPartition
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
 from idem_tasks import ConfigurationError, Idempotency, current_claim
 from idem_tasks.claims import State
@@ -115,6 +115,25 @@ def test_what_is_poisoned_becomes_a_dead_letter(topic: Topic, idem: Idempotency)
         "idem_tasks_error_type": b"ValueError",
         "idem_tasks_origin": f"{topic.name}:0:0".encode(),
     }
+
+
+def test_a_dead_letter_that_no_broker_takes_is_none(
+    topic: Topic, idem: Idempotency, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its offset is not committed, and it is tried again until a broker confirms it."""
+
+    def handler(message: Message) -> None:
+        raise ValueError
+
+    topic.publish("bad")
+    lost = Producer({"bootstrap.servers": "127.0.0.1:1", "message.timeout.ms": 300, "log_level": 0})
+    options = {"record_failures": (ValueError,), "dead_letter_topic": topic.dead}
+    with consuming(topic, handler, idempotency=idem, producer=lost, **options):
+        wait_until(lambda: caplog.text.count("is no dead letter yet") == 2, seconds=SECONDS, what="two errors")
+        assert topic.committed() == 0
+    with consuming(topic, handler, idempotency=idem, producer=topic.producer, **options):
+        wait_until(lambda: topic.committed() == 1, seconds=SECONDS, what="the commit")
+    assert len(topic.dead_letters(1)) == 1
 
 
 def test_what_ends_a_process_ends_the_consumer(topic: Topic, idem: Idempotency) -> None:

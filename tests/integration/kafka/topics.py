@@ -10,10 +10,14 @@ from typing import Any
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
 from idem_tasks.integrations.confluent_kafka import IdempotentConsumer
+from tests.services.kafka_server import make_topic
 from tests.services.waiting import wait_until
 
 SECONDS = 40.0
 """For what takes four: a group needs 3 s to begin, and this machine may be busy."""
+
+PARTITIONS = 4
+"""Of a topic that the mock cluster makes, and that of docker-compose.yml."""
 
 
 class Topic:
@@ -25,7 +29,7 @@ class Topic:
         self.producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 0})
         self._reader = Consumer({"bootstrap.servers": bootstrap, "group.id": self.group, "enable.auto.commit": False})
         for topic in (self.name, self.dead):
-            self._reader.list_topics(topic, timeout=30)  # which makes it
+            assert len(make_topic(bootstrap, topic)) == PARTITIONS
 
     @property
     def config(self) -> dict[str, Any]:
@@ -50,7 +54,7 @@ class Topic:
     def dead_letters(self, number: int) -> list[Message]:
         """As many as are expected, once they are there."""
         found: list[Message] = []
-        self._reader.assign([TopicPartition(self.dead, partition, 0) for partition in range(4)])
+        self._reader.assign([TopicPartition(self.dead, partition, 0) for partition in range(PARTITIONS)])
 
         def all_there() -> bool:
             message = self._reader.poll(0.1)
