@@ -162,7 +162,7 @@ class _Callback:
         except GeneratorExit:  # the event loop is gone: nothing can be awaited
             raise
         except BaseException as error:
-            if not isinstance(error, Exception):  # a shutdown or a cancellation
+            if not isinstance(error, Exception) and not delivery.is_settled:  # a shutdown or a cancellation
                 await self._give_back(delivery, error, count)
             raise
         finally:
@@ -208,8 +208,10 @@ class _Callback:
         # Published once more under its own headers the message has the same key, also where that was its place.
         headers = own if key_in_headers(own) else own | {"Idempotency-Key": message_key(message)}
         headers |= {name: _on_one_line(value) for name, value in dead_letter.headers.items()}
-        # That of the message itself would make its stream drop the dead letter as a duplicate.
-        headers[Header.MSG_ID] = f"{place}:{message.metadata.consumer}:{dead_letter.reason}"
+        # That of the message itself would make its stream drop the dead letter as a duplicate; the time tells it from
+        # that of a stream which was made again.
+        stored = message.metadata.timestamp.isoformat()
+        headers[Header.MSG_ID] = f"{place}:{stored}:{message.metadata.consumer}:{dead_letter.reason}"
         try:
             await self._js.publish(self._dead_letter_subject, message.data, timeout=CONFIRM_TIMEOUT, headers=headers)
         except Exception as error:  # noqa: BLE001 - whatever the client raises, the message stays where it is
@@ -236,6 +238,8 @@ class _Delivery:
     def __init__(self, message: Msg, consumer: _Consumer, max_hold: float) -> None:
         self.message = message
         self.is_last = consumer.is_last(message)
+        self.is_settled = False
+        """Whether JetStream was told what becomes of it."""
         seconds = math.inf if self.is_last else max_hold
         self._telling = asyncio.create_task(self._tell_progress(consumer.ack_wait / _BEATS, seconds))
 
@@ -255,6 +259,7 @@ class _Delivery:
     async def acknowledge(self) -> None:
         """Acknowledge it, and wait until JetStream has heard; if that is lost it comes again and is replayed."""
         self.let_go()
+        self.is_settled = True
         try:
             await self.message.ack_sync(timeout=CONFIRM_TIMEOUT)
         except (NatsError, TimeoutError) as error:
@@ -265,6 +270,7 @@ class _Delivery:
         if self.is_last:
             return delay
         self.let_go()
+        self.is_settled = True
         try:
             await self.message.nak(delay=delay)
         except NatsError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from kombu import Connection
 
 from idem_tasks import ConfigurationError, Event, Idempotency, MemoryStore, idempotency_of, idempotent_task
 from idem_tasks.integrations.dramatiq import IdempotencyMiddleware
+from tests.integration.processes import process
 from tests.services.waiting import wait_until
 
 HERE = Path(__file__).parent
@@ -304,13 +304,12 @@ def test_a_killed_worker_leaves_its_message_to_the_next(
 
     broker = RabbitmqBroker(url=rabbitmq_url, confirm_delivery=True)
     actor = dramatiq.actor(actor_name="charge", broker=broker, queue_name=unique_name)(bare)
-    with subprocess.Popen([*command, "60"]) as first:
+    with process([*command, "60"]) as first:
         actor.send("A-1")
-        wait_until(lambda: lines() == ["begin A-1"], seconds=20, what="the handler")
+        wait_until(lambda: lines() == ["begin A-1"], seconds=40, what="the handler")
         first.kill()
-    with subprocess.Popen([*command, "0"]) as second:
-        wait_until(lambda: lines()[-1] == "end A-1", seconds=30, what="the take-over")
-        second.kill()
+    with process([*command, "0"]):
+        wait_until(lambda: lines()[-1] == "end A-1", seconds=40, what="the take-over")
     assert lines() == ["begin A-1", "begin A-1", "end A-1"]
     with broker.connection.channel() as channel:
         for suffix in ("", ".DQ", ".XQ"):

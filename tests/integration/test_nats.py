@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from idem_tasks import ConfigurationError, Event, Idempotency, MemoryStore, SQLStore, idempotent_task
 from idem_tasks.integrations.nats import idempotent_callback
+from tests.integration.processes import process
 from tests.services.nats_server import NATSServer
 from tests.services.waiting import wait_until
 
@@ -223,19 +225,20 @@ async def test_a_killed_consumer_leaves_its_message_to_the_next(
     )
     await shop.publish("A-1")
     with worker(nats_url, sqlite_url, shop.stream, ledger, seconds=60) as first:
-        await asyncio.to_thread(wait_until, lambda: lines(ledger) == ["begin A-1"], seconds=20, what="the handler")
+        await asyncio.to_thread(wait_until, lambda: lines(ledger) == ["begin A-1"], seconds=40, what="the handler")
         first.kill()
         first.wait(timeout=10)
-    with worker(nats_url, sqlite_url, shop.stream, ledger, seconds=0) as second:
-        await asyncio.to_thread(wait_until, lambda: lines(ledger)[-1] == "end A-1", seconds=20, what="the take-over")
+    with worker(nats_url, sqlite_url, shop.stream, ledger, seconds=0):
+        await asyncio.to_thread(wait_until, lambda: lines(ledger)[-1] == "end A-1", seconds=40, what="the take-over")
         await until_async(shop.left, (0, 0))
-        second.kill()
     assert lines(ledger) == ["begin A-1", "begin A-1", "end A-1"]
 
 
-def worker(url: str, database_url: str, stream: str, ledger: Path, *, seconds: float) -> subprocess.Popen[bytes]:
+def worker(
+    url: str, database_url: str, stream: str, ledger: Path, *, seconds: float
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
     command = [sys.executable, str(HERE / "nats_worker.py"), url, database_url, stream, str(ledger), str(seconds)]
-    return subprocess.Popen(command)
+    return process(command)
 
 
 def lines(ledger: Path) -> list[str]:
@@ -332,10 +335,13 @@ async def test_what_cannot_be_done_is_a_dead_letter_with_its_reason(shop: Shop) 
     await shop.publish("poison", Nats_Msg_Id="m-1", Trace="t-1")
     dead = await shop.dead_letter()
     assert dead.data == b"poison"
+    assert dead.headers is not None
+    own_id = dead.headers.pop("Nats-Msg-Id")  # the message's would make a stream drop it as a duplicate
+    assert own_id.startswith(f"{shop.stream}:1:20")
+    assert own_id.endswith(f":{DURABLE}:parked")
     assert dead.headers == {
         "Trace": "t-1",
         "Idempotency-Key": "m-1",  # so that it is the same message when a person sends it again
-        "Nats-Msg-Id": f"{shop.stream}:1:{DURABLE}:parked",
         "idem_tasks_reason": "parked",
         "idem_tasks_error_type": "ParkedError",
         "idem_tasks_origin": f"{shop.stream}.orders",
@@ -406,6 +412,35 @@ async def test_a_cancelled_handler_gives_its_message_back(shop: Shop) -> None:
     await shop.callback(shop.charge)(again)
     await shop.until_done(1)
     assert (shop.begun, again.metadata.num_delivered) == (["A-1"], 2)
+
+
+async def test_a_cancellation_comes_too_late_for_what_is_recorded(
+    private_nats: Callable[..., NATSServer], unique_name: str
+) -> None:
+    """Struck while the acknowledgement is under way, a message is not given back, nor made a dead letter."""
+    server = private_nats()
+    client = await nats.connect(server.url)
+    shop = Shop(client, unique_name)
+    await shop.js.add_stream(name=unique_name, subjects=[f"{unique_name}.*"])
+    subscription = await shop.js.pull_subscribe(
+        f"{unique_name}.orders", durable=DURABLE, config=ConsumerConfig(ack_wait=30, max_deliver=1)
+    )
+
+    async def charge(message: Msg) -> str:
+        await asyncio.to_thread(server.pause)
+        return await shop.charge(message)
+
+    await shop.publish()
+    (message,) = await subscription.fetch(1)
+    call = asyncio.create_task(shop.callback(charge, dead_letter_subject=f"{unique_name}.dead")(message))
+    await until(lambda: "completed" in shop.names())
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await asyncio.to_thread(server.resume)
+    await until_async(shop.left, (0, 0))
+    assert (await shop.js.stream_info(unique_name)).state.messages == 1
+    await client.close()
 
 
 async def test_the_last_delivery_of_a_message_is_not_given_up(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from taskiq_aio_pika import AioPikaBroker
 
 from idem_tasks import ConfigurationError, Event, Idempotency, MemoryStore, Policy, idempotency_of, idempotent_task
 from idem_tasks.integrations.taskiq import IdempotencyMiddleware
+from tests.integration.processes import process
 from tests.services.waiting import wait_until
 
 pytestmark = pytest.mark.asyncio
@@ -310,9 +311,9 @@ class Workers:
         await self.broker.shutdown()
         await remove(self.url, self.queue)
 
-    def start(self, seconds: str) -> subprocess.Popen[bytes]:
+    def start(self, seconds: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """Start a worker whose handlers take so many seconds."""
-        return subprocess.Popen([*self.command, seconds], env=os.environ | {"PYTHONPATH": str(HERE.parents[1])})
+        return process([*self.command, seconds], env=os.environ | {"PYTHONPATH": str(HERE.parents[1])})
 
     async def send(self, task_name: str) -> None:
         async def elsewhere(order: str) -> None:
@@ -321,7 +322,7 @@ class Workers:
         await self.broker.task(task_name=task_name)(elsewhere).kiq("A-1")
 
     async def until(self, is_so: Callable[[list[str]], bool], what: str) -> None:
-        await asyncio.to_thread(wait_until, lambda: is_so(self.lines()), seconds=30, what=what)
+        await asyncio.to_thread(wait_until, lambda: is_so(self.lines()), seconds=40, what=what)
 
     def lines(self) -> list[str]:
         return self.ledger.read_text().splitlines() if self.ledger.exists() else []
@@ -340,9 +341,8 @@ async def test_a_killed_worker_leaves_its_message_to_the_next(workers: Workers) 
         await workers.send("charge")
         await workers.until(lambda lines: lines == ["begin A-1"], "the handler")
         first.kill()
-    with workers.start("0") as second:
+    with workers.start("0"):
         await workers.until(lambda lines: "end A-1" in lines, "the take-over")
-        second.kill()
     assert [line for line in workers.lines() if "put_back" not in line] == ["begin A-1", "begin A-1", "end A-1"]
 
 
@@ -353,5 +353,6 @@ async def test_in_a_pool_of_processes_it_is_put_back_too(workers: Workers) -> No
             await workers.send("charge_in_a_pool")
         await workers.until(lambda lines: "replayed A-1" in lines, "the duplicate")
         worker.terminate()
+        worker.wait(timeout=20)
     assert [line for line in workers.lines() if "put_back" not in line] == ["begin A-1", "end A-1", "replayed A-1"]
     assert "put_back A-1" in workers.lines()
