@@ -48,8 +48,8 @@ def _counts(tests: list[Proof]) -> str:
     waiting = len(MODES) - len(tested)
     others = f"; the other {waiting} wait for features that are not built yet" if waiting else ""
     return fill(
-        f"Of {len(MODES)} modes {len(tested)} have tests, {len(on_servers)} of them on real servers{others}. Whatever is "
-        "missing is named.",
+        f"Of {len(MODES)} modes {len(tested)} have tests, {len(on_servers)} of them on real servers{others}. "
+        "Whatever is missing is named.",
         WIDTH,
     )
 
