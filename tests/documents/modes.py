@@ -436,8 +436,8 @@ GROUPS: dict[str, list[Mode]] = {
             66,
             "Two batches lock the same keys in opposite order",
             (
-                "A batch locks its keys in their order, each once, as renewals do; after a deadlock with others it begins"
-                " again."
+                "A batch locks its keys in their order, each once, as renewals do; after a deadlock with others it is"
+                " begun again."
             ),
         ),
     ),
