@@ -195,8 +195,7 @@ class _Consumer:
         except Exception as error:  # noqa: BLE001 - it is settled
             raised = error
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if _is_cancelled():
                 raise  # unacknowledged, it comes again
             raised = error  # of something that the handler awaited
         return self._handler.settle(raised, count, self._roads.queue, (message,), {}, hold_limit=CONSUMER_TIMEOUT)
@@ -217,7 +216,9 @@ class _Consumer:
             properties.expiration = None
         try:
             await self._publisher(connection).publish(connection, made, properties, body)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the message must stay
+        except (Exception, asyncio.CancelledError) as error:
+            if _is_cancelled():
+                raise
             _logger.error("a message of %s could not be published again: %r", self._roads.queue, error)  # noqa: TRY400 - where it stands says nothing
             return False
         return True
@@ -227,6 +228,12 @@ class _Consumer:
         if found is None:
             found = self._publishers[connection] = _Publisher()
         return found
+
+
+def _is_cancelled() -> bool:
+    """Tell a cancellation of this task from that of something which it awaits, such as a channel that was closed."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 class _Publisher:

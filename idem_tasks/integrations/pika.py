@@ -177,14 +177,18 @@ class IdempotentCallback:
             return  # unacknowledged, it goes back as soon as its channel is closed
         self._unsettled.add(delivery)
         future = self._workers.submit(self._handle, delivery)
-        future.add_done_callback(partial(self._was_cancelled, delivery))
+        future.add_done_callback(partial(self._handled, delivery))
 
     def _open_connection(self) -> Any:
         """Return a connection that still has something to settle."""
         return next((one.connection for one in self._unsettled.copy() if one.connection.is_open), None)
 
-    def _was_cancelled(self, delivery: _Delivery, future: Future[None]) -> None:
-        if future.cancelled():
+    def _handled(self, delivery: _Delivery, future: Future[None]) -> None:
+        """Let go of a message that nobody is going to settle; its channel returns it when it is closed."""
+        failed = None if future.cancelled() else future.exception()
+        if failed is not None:
+            _logger.error("a message of %s could not be settled", self._roads.queue, exc_info=failed)
+        if failed is not None or future.cancelled():
             self._unsettled.discard(delivery)
 
     # In a worker thread

@@ -23,7 +23,7 @@ def test_every_effect_happens_once_though_consumers_are_killed(
         database_url=postgres_url,
         redis_url=redis_url,
         folder=str(tmp_path),
-        **{"messages": 250, "kill_every": 1.5, **brokers.pace(broker)},
+        **{"messages": 200, "kill_every": 1.5, **brokers.pace(broker)},
     )
     verdict = endure(plan)
     assert verdict.good, verdict

@@ -65,6 +65,23 @@ def test_a_handler_that_exits_ends_nothing_else(queues: Queues, idem: Idempotenc
     queues.wait_for(0)
 
 
+def test_a_message_that_cannot_be_settled_stays(
+    queues: Queues, idem: Idempotency, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A defect is logged with its traceback, holds up no end, and leaves the message to the broker."""
+    queues.publish("A-1")
+    consumer = PikaRig(queues.url, queues.name, idem, lambda _: None)
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(consumer.callback.handler, "settle", fail)
+    with consumer:
+        consumer.wait_for("A-1")
+    assert "could not be settled" in caplog.text
+    queues.wait_for(1)
+
+
 class ImpatientRabbitMQ(RabbitMQServer):
     """Looks every half second, not every minute, whether a message has been held for too long."""
 
