@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import psycopg
 import redis
 from sqlalchemy import MetaData, create_engine, make_url
@@ -32,6 +33,7 @@ FORMER = 30_000
 """Records that are there already."""
 
 BODY = b'"' + b"x" * 98 + b'"'
+encode = msgspec.msgpack.Encoder().encode
 PREFIX = f"bench_{secrets.token_hex(4)}_"
 
 TAKE = """
@@ -109,7 +111,11 @@ def by_hand(connection: psycopg.Connection[tuple[object, ...]], client: redis.Re
     tokens = [granted[key] for key in keys]
     finished = connection.execute(FINISH, (policy.retention, keys, tokens, owners, [BODY] * MESSAGES, scope))
     assert len(finished.fetchall()) == MESSAGES
-    outcomes = [b"finished:" + BODY] * MESSAGES
+    ends = time.time() + policy.retention
+    outcomes = [
+        b"finished:" + encode(("completed", BODY, "json", None, None, None, each.fingerprint, token, None, ends))
+        for each, token in zip(asked, tokens, strict=True)
+    ]
     client.eval(PUBLISH, MESSAGES, *places, *(each for pair in zip(values, outcomes, strict=True) for each in pair))
 
 

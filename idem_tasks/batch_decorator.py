@@ -88,6 +88,7 @@ class IdempotentBatch(IdempotentFunction):
     """What is known of one decorated handler of many messages; its verbs for people take one message."""
 
     returns = OutcomeType
+    takes_many = True
     _signature: inspect.Signature
     _messages: str
     _leading: int

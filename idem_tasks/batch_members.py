@@ -95,7 +95,8 @@ class Batch:
     def announce(self, name: EventName, **details: Any) -> None:
         """Tell the observers what happened to the messages that have to come again."""
         for member in self.members:
-            if member.call is not None and member.error is not None and comes_again(member.error):
+            again = not member.settled if member.error is None else comes_again(member.error)
+            if again and member.call is not None:
                 member.call.announce(name, **details)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from idem_tasks.batch_members import Batch, Member, outcomes_in
 from idem_tasks.claims import Claim, EncodedOutcome, Finished, Lost, Recorded, Released, State
 from idem_tasks.endings import end, give_back, is_fenced, keep_all, never_began
-from idem_tasks.errors import ConfigurationError, IdemTasksError, StoreUnavailableError
+from idem_tasks.errors import ConfigurationError, IdemTasksError, StoreError, StoreUnavailableError
 from idem_tasks.runtime import FIRST_PAUSE, interruption_in, is_interruption
 from idem_tasks.session_run import CONFLICT_NOTE, RERUNS, inherited, look, may_run_again
 from idem_tasks.stores.base import BatchTransaction, batch_transaction_of
@@ -205,10 +205,13 @@ async def commit(batch: Batch, placed: Sequence[Member], transaction: BatchTrans
         return False  # struck before the commit was sent
     await transaction.roll_back(throw_away=transaction.may_be_committed)
     answers = await look_at_all(placed, transaction)
-    if refused is not None and not are_recorded(answers):
+    committed = are_recorded(answers)
+    if refused is not None and not committed:
         raise refused
     note(placed, answers)
-    return are_recorded(answers)
+    if refused is not None and not isinstance(refused, StoreError):
+        raise refused  # not of the database: all is committed, and a listener of the user's raised after it
+    return committed
 
 
 async def look_at_all(

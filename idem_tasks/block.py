@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import Token
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ class _Block:
         self._outcome: Any = None
         self._has_outcome = False
         self._ended = False
-        self._outside: Any = None
+        self._outside: Token[Any] | None = None
 
     @property
     def outcome(self) -> Any:

@@ -168,6 +168,9 @@ class IdempotentFunction:
     returns = ReturnType
     """Where the type of an outcome is found."""
 
+    takes_many = False
+    """Whether it is called with a list of messages."""
+
     def __init__(
         self,
         function: Callable[..., Any],

@@ -29,7 +29,8 @@ async def give_back(call: Call, lease: Lease) -> None:
 
 def keep_all(call: Call, claim: Claim, value: Any) -> EncodedOutcome:
     """Keep what the handler returned, and what it published; from here on it publishes nothing more."""
-    return replace(keep(call, value), messages=claim.close_outgoing())
+    kept, messages = keep(call, value), claim.close_outgoing()
+    return replace(kept, messages=messages) if messages else kept
 
 
 def is_fenced(call: Call, claim: Claim) -> bool:

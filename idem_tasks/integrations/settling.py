@@ -237,10 +237,20 @@ def dead_letter(reason: str, error: BaseException, origin: str) -> DeadLetter:
 
 def _decorated(decorator: Callable[..., Any], handler: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     try:
-        idempotency_of(handler)
+        known = idempotency_of(handler)
     except ConfigurationError:
         decorated: Callable[..., Any] = decorator(**options)(handler)
         return decorated
+    if known.takes_many and decorator is idempotent_task:
+        raise ConfigurationError(
+            f"{_name(handler)} is decorated with @idempotent_batch and takes many messages at once; "
+            "this consumer gives its handler one at a time: take @idempotent_task"
+        )
+    if decorator is not idempotent_task and not known.takes_many:
+        raise ConfigurationError(
+            f"{_name(handler)} is decorated with @idempotent_task and takes one message at a time; "
+            "this consumer gives its handler many: take @idempotent_batch"
+        )
     further = {name for name, value in options.items() if value is not None} - {"key", "scope", "fingerprint"}
     if further:
         raise ConfigurationError(

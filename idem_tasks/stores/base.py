@@ -549,8 +549,8 @@ class BatchStore(Protocol):
     async def claim_batch(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
         """Claim all these records in one round trip to each tier, and answer each as `Store.claim` does.
 
-        None for one that the store leaves to a claim of its own: where that is not the only thing it can do in one
-        round trip, whose record is released, dead or over, or came or went meanwhile.
+        None for one that it leaves to a claim of its own, as most stores do where a record is released, dead or over,
+        or came or went meanwhile.
         """
         ...
 

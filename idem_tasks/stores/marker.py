@@ -103,7 +103,7 @@ class _Outcome(msgspec.Struct, array_like=True, frozen=True):
             fencing_token=fencing_token,
             traceparent=traceparent,
             expires_at=time.time() + expires_in,
-            messages=tuple(_Message(each.id, each.number, each.to, each.content) for each in outcome.messages),
+            messages=tuple([_Message(each.id, each.number, each.to, each.content) for each in outcome.messages]),
         )
 
     def encoded(self, scope: str, key: str) -> EncodedOutcome:

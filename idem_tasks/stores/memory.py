@@ -214,48 +214,45 @@ class MemoryStore:
     async def claim(self, request: ClaimRequest) -> ClaimAnswer:
         """Claim the record, or tell why not. Raises nothing."""
         with self._lock:
-            return self._claim(request, self._clock())
+            now = self._clock()
+            row = self._rows.get((request.scope, request.key))
+            if row is None:
+                self._sweep(now)
+                row = self._rows[request.scope, request.key] = _Row(request.scope, request.key, now, now)
+                return self._grant(row, request, now)
+            if row.retention_is_over(now):
+                self._begin_generation(row, now)
+                return self._grant(row, request, now)
+            match row.state:
+                case State.COMPLETED | State.FAILED:
+                    return row.as_finished(now)
+                case State.RELEASED:
+                    return self._grant(row, request, now)
+                case State.IN_DOUBT:
+                    return InDoubt()
+                case State.PARKED:
+                    return Parked(row.crashes, row.failures)
+                case State.RUNNING if row.owner == request.owner:
+                    # Granted before, and the answer did not arrive (F21).
+                    row.lease_expires_at = now + request.policy.lease
+                    # Whether it took over is not known any more: rather say so once too often.
+                    return Granted(replace(row.lease_to(request), taken_over=row.crashes > 0))
+                case State.RUNNING if row.is_held(now):
+                    return InProgress(row.lease_expires_at - now)
+                case State.RUNNING:  # pragma: no branch - there is no other state
+                    return self._take_over(row, request, now)
 
     async def claim_batch(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
-        """Claim all these records in one step; None for those that are released, dead or over, as in a database."""
+        """Claim all these records; None for those that are released, dead or over, as in a database."""
+        return [await self.claim(request) if self._is_usual(request) else None for request in requests]
+
+    def _is_usual(self, request: ClaimRequest) -> bool:
         with self._lock:
-            now = self._clock()
-            return [self._claim(request, now) if self._is_usual(request, now) else None for request in requests]
-
-    def _is_usual(self, request: ClaimRequest, now: float) -> bool:
-        row = self._rows.get((request.scope, request.key))
-        if row is None or row.owner == request.owner:
-            return True
-        is_dead = row.state is State.RUNNING and not row.is_held(now)
-        return not (is_dead or row.state is State.RELEASED or row.retention_is_over(now))
-
-    def _claim(self, request: ClaimRequest, now: float) -> ClaimAnswer:
-        row = self._rows.get((request.scope, request.key))
-        if row is None:
-            self._sweep(now)
-            row = self._rows[request.scope, request.key] = _Row(request.scope, request.key, now, now)
-            return self._grant(row, request, now)
-        if row.retention_is_over(now):
-            self._begin_generation(row, now)
-            return self._grant(row, request, now)
-        match row.state:
-            case State.COMPLETED | State.FAILED:
-                return row.as_finished(now)
-            case State.RELEASED:
-                return self._grant(row, request, now)
-            case State.IN_DOUBT:
-                return InDoubt()
-            case State.PARKED:
-                return Parked(row.crashes, row.failures)
-            case State.RUNNING if row.owner == request.owner:
-                # Granted before, and the answer did not arrive (F21).
-                row.lease_expires_at = now + request.policy.lease
-                # Whether it took over is not known any more: rather say so once too often.
-                return Granted(replace(row.lease_to(request), taken_over=row.crashes > 0))
-            case State.RUNNING if row.is_held(now):
-                return InProgress(row.lease_expires_at - now)
-            case State.RUNNING:  # pragma: no branch - there is no other state
-                return self._take_over(row, request, now)
+            row, now = self._rows.get((request.scope, request.key)), self._clock()
+            if row is None or row.owner == request.owner:
+                return True
+            is_dead = row.state is State.RUNNING and not row.is_held(now)
+            return not (is_dead or row.state is State.RELEASED or row.retention_is_over(now))
 
     def _take_over(self, row: _Row, request: ClaimRequest, now: float) -> ClaimAnswer:
         """The holder's lease ran out: it crashed, as far as anybody can know.

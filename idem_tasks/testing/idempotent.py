@@ -191,11 +191,17 @@ def _nonzero(counted: Mapping[str, int]) -> Counts:
 
 def _decorated(task: Callable[..., Any]) -> IdempotentFunction:
     try:
-        return idempotency_of(task)
+        known = idempotency_of(task)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"{error}: give assert_idempotent the decorated handler itself, and its arguments behind it"
         ) from None
+    if known.takes_many:
+        raise ConfigurationError(
+            "assert_idempotent follows the record of one message, and this handler takes many: give it one that is "
+            "decorated with @idempotent_task"
+        )
+    return known
 
 
 def _refuse_unprotected(function: IdempotentFunction) -> None:

@@ -42,6 +42,12 @@ async def exercise(store: RedisStore) -> None:
     for lease in leases:
         await store.publish(lease.request, Finished(DONE, None, 60.0), 60.0)
         assert isinstance(await store.take(request(lease.key)), MarkerFinished)
+    batch = [request(f"marker of many {number}") for number in range(KEYS)]
+    assert await store.take_batch(batch) == [MarkerTaken()] * KEYS
+    await store.publish_batch([(each, Finished(DONE, None, 60.0), 60.0) for each in batch[1:]])
+    await store.give_back_batch(batch)
+    again = await store.take_batch([request(each.key) for each in batch])
+    assert [type(answer) for answer in again] == [MarkerTaken] + [MarkerFinished] * (KEYS - 1)
     await store.drop([("scope", lease.key) for lease in leases])
     assert await store.take(request(leases[0].key)) == MarkerTaken()
 
@@ -54,6 +60,8 @@ async def exercise(store: RedisStore) -> None:
     found = await store.records(state=None, scope="scope", after=("scope", "record 09"), limit=25)
     assert [record.key for record in found] == [f"record {number:02}" for number in range(10, 35)]
     assert sum((await store.stats()).values()) == KEYS
+    together = [answer.lease for answer in await store.claim_batch(batch) if isinstance(answer, Granted)]
+    assert await store.finish_batch([(lease, DONE) for lease in together]) == [Recorded()] * KEYS
     await store.close()
     assert await store.get("scope", "record 00")
     await store.close()

@@ -242,6 +242,20 @@ def test_a_marker_that_never_expires(redis_url: str, store: Make) -> None:
         run_sync(held.take(request()))
 
 
+def test_a_batch_leaves_what_it_cannot_read(redis_url: str, store: Make) -> None:
+    """To a verb of its own, which says what is wrong there; all others of the batch are answered."""
+    some = store(redis_url)
+    asked = [ClaimRequest("scope", key, None, new_owner(), Policy()) for key in ("endless", "foreign", "free")]
+    run_sync(some.take(ClaimRequest("scope", "endless", None, new_owner(), Policy())))
+    with Redis.from_url(redis_url) as client:
+        client.persist(place(b"idem:m:", "scope", "endless"))
+        client.set(place(b"idem:m:", "scope", "foreign"), b"hello", px=60_000)
+        client.hset(place(b"idem:r:", "scope", "foreign"), "hello", "you")
+    assert run_sync(some.take_batch(asked)) == [None, None, MarkerTaken()]
+    answers = run_sync(some.claim_batch(asked))
+    assert [type(answer) for answer in answers] == [Granted, type(None), Granted]
+
+
 def test_a_cluster_node_wants_its_own_scheme(redis_cluster: Any, store: Make) -> None:
     """redis:// to a cluster's node says which scheme to use, at the latest with a key of another node's."""
     single = store(redis_cluster.url)

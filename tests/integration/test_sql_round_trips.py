@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
-from idem_tasks.claims import EncodedOutcome, OutboxMessage
+from idem_tasks.claims import EncodedOutcome, OutboxMessage, Recorded
 from idem_tasks.stores.base import RuntimeName
 from idem_tasks.stores.sql import SQLStore
 from idem_tasks.testing.batch_contract import BatchInUse
@@ -320,12 +320,23 @@ def test_a_finish_is_a_hot_update_on_postgres(postgres_url: str) -> None:
             lease = use.granted(str(number))
             use.renew(lease)
             use.finish(lease)
-        leases = in_batches(use).granted(*(f"of-a-batch-{number:02}" for number in range(20)))
-        in_batches(use).finish(*((lease, DONE) for lease in leases))
+    assert hot_updates(postgres_url) == (40, 40)
+
+
+def test_a_finish_of_many_is_one_of_hot_updates_on_postgres(postgres_url: str) -> None:
+    """As long as their page has room for both versions of all of them, which a large batch begins to fill."""
+    with in_use(postgres_url, "blocking") as use:
+        leases = in_batches(use).granted(*(str(number) for number in range(8)))
+        assert in_batches(use).finish(*((lease, DONE) for lease in leases)) == [Recorded()] * 8
+    assert hot_updates(postgres_url) == (8, 8)
+
+
+def hot_updates(url: str) -> tuple[int, ...]:
+    """Return how many updates there were, and how many of them were HOT."""
     # Connections tell their statistics when they end.
     updates = text("SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'idem_tasks_records'")
-    with watching(postgres_url) as watcher:
-        assert tuple(watcher.execute(updates).one()) == (60, 60)
+    with watching(url) as watcher:
+        return tuple(watcher.execute(updates).one())
 
 
 def test_statements_are_built_once(postgres_url: str) -> None:

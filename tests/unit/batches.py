@@ -72,3 +72,24 @@ def shipping(world: World, fails: dict[str, BaseException] | None = None, **opti
         return [(fails or {}).get(message["id"]) or f"shipped {message['id']}" for message in messages]
 
     return batch_of(world, ship, **options)
+
+
+class RetryError(Exception):
+    """What a framework raises to have the message again, as Celery's Retry is."""
+
+
+class Host:
+    """A framework around the handler, that knows its own exceptions."""
+
+    scope = None
+    message = "message 1"
+    framework_argument = False
+
+    def is_failure(self, error: BaseException) -> bool:
+        return not isinstance(error, RetryError)
+
+    def proves_no_effect(self, error: BaseException) -> bool:
+        return isinstance(error, RetryError)
+
+    def settle(self, error: BaseException, announce: Callable[..., None]) -> BaseException:
+        return error

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -26,11 +27,23 @@ from idem_tasks.errors import (
     ParkedError,
     StoreError,
     StoreUnavailableError,
+    comes_again,
 )
 from idem_tasks.events import EventName
+from idem_tasks.integrations.settling import MessageHandler
 from idem_tasks.replay import DOUBTFUL_SIZE
-from idem_tasks.runtime import register_interruption, run_sync
-from tests.unit.batches import Message, batch_of, batching, messages, one_at_a_time, shipping
+from idem_tasks.runtime import Blocking, register_interruption, run_sync
+from idem_tasks.testing import assert_idempotent
+from tests.unit.batches import (
+    Host,
+    Message,
+    RetryError,
+    batch_of,
+    batching,
+    messages,
+    one_at_a_time,
+    shipping,
+)
 from tests.unit.scripted import LEASE, SCOPE, World, away, world_on
 
 
@@ -710,6 +723,118 @@ def test_what_strikes_a_key_callable_is_no_missing_key(world: World) -> None:
     with pytest.raises(SoftLimitError):
         shipping(world, key=key)(messages("A"))
     assert world.record_tier.verbs == []
+
+
+class Odd(list[str]):
+    """A list whose length nobody can tell just now."""
+
+    def __len__(self) -> int:
+        raise SoftLimitError
+
+
+def test_what_strikes_while_outcomes_are_matched_leaves_claims_to_their_leases(world: World) -> None:
+    """The handler has returned: nothing is released, whatever strikes (F62)."""
+    with pytest.raises(SoftLimitError):
+        batch_of(world, lambda _messages: Odd())(messages("A", "B"))
+    assert [world.state(key) for key in "AB"] == [State.RUNNING, State.RUNNING]
+
+
+def under_a_host(world: World, handler: Callable[..., Any]) -> Any:
+    """Make a batch of two messages as a framework's call of it."""
+    batch = world.idem._batch(handler, messages("A", "B"), SCOPE, "{message[id]}", "message", None, None, "blocking")
+    batch.host = Host()
+    for member in batch.members:
+        member.call = replace(member.its_call, host=batch.host)
+    return batch
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_soft_limit_before_the_handler_brings_all_messages_back(
+    monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """Within a framework it is a StoreUnavailableError, so that no message is failed for it (F31)."""
+    with world_on(monkeypatch, "blocking", 1) as world:
+        batching(world) if together else one_at_a_time(world)
+        batch = under_a_host(world, len)
+        world.record_tier.after("claim_batch" if together else "claim", SoftLimitError())
+        with pytest.raises(StoreUnavailableError, match="before its handler began"):
+            run_sync(perform_batch(batch))
+        assert {world.state(key) for key in "AB"} <= {State.RELEASED, None}
+        batch.announce(EventName.PUT_BACK, count=1)
+        assert [event.key for event in world.events if event.name is EventName.PUT_BACK] == ["A", "B"]
+
+
+def test_only_what_comes_again_is_announced_as_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that has its outcome already is in the copy too, and is not put back for its own sake."""
+    with world_on(monkeypatch, "blocking", 1) as world:
+        world.claim_elsewhere("B")
+        batch = under_a_host(world, lambda messages: ["done" for _ in messages])
+        with pytest.raises(BatchError, match="InProgressError"):
+            run_sync(perform_batch(batch))
+        batch.announce(EventName.PUT_BACK, count=1)
+        assert [event.key for event in world.events if event.name is EventName.PUT_BACK] == ["B"]
+
+
+def test_what_a_framework_raises_goes_on_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Retry is no failure: every message is released, uncounted, and Retry is what the framework gets."""
+
+    def ship(messages: list[Message]) -> list[str]:
+        raise RetryError
+
+    with world_on(monkeypatch, "blocking", 1) as world:
+        with pytest.raises(RetryError):
+            run_sync(perform_batch(under_a_host(world, ship)))
+        assert [(world.state(key), world.record(key).failures) for key in "AB"] == [(State.RELEASED, 0)] * 2
+
+
+def test_where_nothing_can_be_awaited_claims_are_left_to_their_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coroutine that is dropped while it claims gives nothing back, for it cannot."""
+    with world_on(monkeypatch, "blocking", 1) as world:
+        world.record_tier.after("claim_batch", KeyboardInterrupt())
+        monkeypatch.setattr(Blocking, "can_wait", lambda _, *, after: not after)
+        with pytest.raises(KeyboardInterrupt):
+            shipping(world)(messages("A", "B"))
+        assert [world.state(key) for key in "AB"] == [State.RUNNING, State.RUNNING]
+
+
+def test_what_is_known_of_a_task_takes_one_message(world: World) -> None:
+    """A framework's task of it, bound or not, answers for one message."""
+
+    @idempotent_batch(key="{message[id]}", idempotency=world.idem)
+    def ship(messages: list[Message]) -> list[str]:
+        return ["done" for _ in messages]
+
+    known = idempotency_of(ship).of_task("shop.ship", bound=True)
+    [message] = messages("A")
+    assert (known.scope_for(message), known.key_for(message)) == ("shop.ship", "A")
+
+
+@pytest.mark.parametrize("use", ["consumer", "assert_idempotent"])
+def test_what_takes_one_message_refuses_a_handler_of_many(world: World, use: str) -> None:
+    """A consumer and `assert_idempotent` say so before any message comes."""
+
+    @idempotent_batch(key="{message[id]}", idempotency=world.idem)
+    def ship(messages: list[Message]) -> list[str]:
+        return ["done" for _ in messages]
+
+    def give() -> object:
+        if use == "consumer":
+            return MessageHandler(ship, runtime="blocking", key=str, scope="queue", fingerprint=None)
+        return assert_idempotent(ship, messages("A"))
+
+    with pytest.raises(ConfigurationError, match="many"):
+        give()
+
+
+@pytest.mark.parametrize("error", [InProgressError(retry_after=7.0), StoreUnavailableError("away")])
+def test_a_batch_comes_again_if_any_of_its_messages_has_to(error: Exception) -> None:
+    """Put back, and not before what runs elsewhere may be over; one that only failed is not put back."""
+    results = ["done", ValueError("no"), error]
+    batch = BatchError(results=results, errors=(1, 2))
+    assert comes_again(batch)
+    assert batch.retry_after == getattr(error, "retry_after", 0.0)
+    assert not comes_again(BatchError(results=results, errors=(1,)))
+    assert BatchError("text alone").retry_after == 0.0
 
 
 # What is refused at decoration.

@@ -19,7 +19,10 @@ from idem_tasks.errors import BatchError, ConfigurationError, LeaseLostError, St
 from idem_tasks.events import EventName
 from idem_tasks.runtime import register_interruption
 from idem_tasks.testing import Driver
-from tests.integration.sessions.seller import SCOPE, SHORT, Order, Seller
+from tests.integration.sessions.seller import SCOPE, Order, Seller
+
+LEASE = 2.0
+"""Seconds of a lease that is waited out; claims that are granted after that long begin no handler."""
 
 Body = Callable[[list[str], Session], Any]
 
@@ -154,7 +157,7 @@ def test_one_that_was_taken_over_keeps_the_others(seller: Seller) -> None:
         session.add_all(Order(name=name) for name in names)
         return [f"ordered {name}" for name in names]
 
-    task = batch_of(seller, body, lease=SHORT, fingerprint=None)
+    task = batch_of(seller, body, lease=LEASE, fingerprint=None)
     if seller.url.startswith("sqlite"):
         pytest.skip("on SQLite a session keeps every other worker from writing")
     assert task(["A", "B", "C"]) == ["ordered A", "the other one", "ordered C"]
@@ -177,7 +180,7 @@ def test_one_that_was_lost_has_to_come_again(seller: Seller) -> None:
 
     if seller.url.startswith("sqlite"):
         pytest.skip("on SQLite a session keeps every other worker from writing")
-    error = failing(batch_of(seller, body, lease=SHORT, fingerprint=None), ["A", "B", "C"])
+    error = failing(batch_of(seller, body, lease=LEASE, fingerprint=None), ["A", "B", "C"])
     assert kinds(error) == ["ordered A", "LeaseLostError", "ordered C"]
     assert isinstance(error.results[1], LeaseLostError)
     assert seller.orders() == 2
