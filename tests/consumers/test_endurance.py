@@ -11,6 +11,7 @@ from tests.consumers.endurance import endure
 from tests.consumers.plan import Plan
 
 
+@pytest.mark.timeout(240)  # a Kafka group takes its time to find together again after each kill
 @pytest.mark.parametrize("broker", brokers.names())
 def test_every_effect_happens_once_though_consumers_are_killed(
     broker: str, request: pytest.FixtureRequest, postgres_url: str, redis_url: str, unique_name: str, tmp_path: Path

@@ -751,12 +751,12 @@ await self._marker.drop_pending(request.scope, request.key, seen)
         name="what was given back runs all the same",
         module=_TASK,
         before="""\
-        raise StoreUnavailableError(
-            f"the store took longer than the lease""",
+    raise StoreUnavailableError(
+        f"the store took longer than the lease""",
         after="""\
-        return take_up(call, answer.lease, asked_at)
-        raise StoreUnavailableError(
-            f"the store took longer than the lease""",
+    return take_up(call, lease, asked_at)
+    raise StoreUnavailableError(
+        f"the store took longer than the lease""",
         laws=("EFFECT_EXPLAINED",),
         scenario="a pause",
     ),

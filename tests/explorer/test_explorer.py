@@ -87,7 +87,7 @@ def test_no_step_of_the_protocol_is_copied() -> None:
     for file in files:
         code = compile(file.read_text(encoding="utf-8"), str(file), "exec")
         own |= {inner.co_name for inner in codes_in(code)}
-    by_trade = {"on", "close", "ask"} | {name for name in vars(Transaction) if not name.startswith("_")}
+    by_trade = {"on", "close", "ask"} | {name for name in dir(Transaction) if not name.startswith("_")}
     assert own & told <= by_trade, "a tier, a runtime and a transaction have these"
 
 

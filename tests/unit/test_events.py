@@ -76,6 +76,7 @@ LEVELS = {
     ],
     logging.ERROR: [
         "parked",
+        "dead_lettered",
         "superseded",
         "lease_lost",
         "outcome_not_kept",
