@@ -32,8 +32,6 @@ from idem_tasks.errors import (
 from idem_tasks.events import EventName
 from idem_tasks.replay import DOUBTFUL_SIZE, outcome_of_another, replay
 from idem_tasks.runtime import (
-    FIRST_PAUSE,
-    LONGEST_PAUSE,
     HandlerStopIteration,
     deadline_clock,
     interruption_in,
@@ -228,7 +226,7 @@ async def fail_all(members: Sequence[Member], error: BaseException) -> None:
     """The handler raised: that is the failure of each message."""
     for member in members:
         member.returned = error
-        await settle(member)
+    await settle_in_turn(members)
 
 
 # Step 4
@@ -243,14 +241,14 @@ async def end_all(batch: Batch, members: Sequence[Member], returned: Any) -> Non
     for member, outcome in zip(members, outcomes, strict=True):
         member.returned = outcome
     await finish_together(batch, members)
-    for member in members:
-        await settle(member)
+    await settle_in_turn(members)
 
 
 async def finish_together(batch: Batch, members: Sequence[Member]) -> None:
-    """Bring the outcomes to their records in one step; while the store is away, try again as long as the leases live.
+    """Bring the outcomes to their records in one step.
 
-    What is not recorded then is finished by itself: that tells why, and keeps what has to be kept.
+    What is not recorded then is finished by itself: that tries again, tells why, and keeps what has to be kept. Its
+    claim is renewed until then: one outcome that is refused must not cost the others their leases.
     """
     store = batch_store_of(batch.services.store)
     plain = [member for member in members if is_plain(member)]
@@ -260,20 +258,17 @@ async def finish_together(batch: Batch, members: Sequence[Member]) -> None:
         batch.services.heartbeat.let_go(member.its_claim.lease.owner)
     kept = [(member, keep_all(member.its_call, member.its_claim, member.returned)) for member in plain]
     kept.sort(key=lambda pair: pair[0].place)
-    until, pause = min(member.its_claim.deadline for member in plain), FIRST_PAUSE
-    for group in groups_of(kept):
-        answers = None
-        while answers is None:
-            try:
-                answers = await store.finish_batch([(member.its_claim.lease, outcome) for member, outcome in group])
-            except StoreError:
-                if plain[0].its_call.policy.shadow or deadline_clock() + pause >= until:
-                    return
-                await batch.services.runtime.sleep(pause)
-                pause = min(pause * 2, LONGEST_PAUSE)
+    for group in list(groups_of(kept)):
+        try:
+            answers = await store.finish_batch([(member.its_claim.lease, outcome) for member, outcome in group])
+        except StoreError:
+            break
         for (member, _), answer in zip(group, answers, strict=True):
             if answer is not None:
                 end(member.its_call, member.its_claim, answer)
+    for member in plain:
+        if member.its_claim.ending is None:
+            batch.services.heartbeat.hold(member.its_claim)
 
 
 def is_plain(member: Member) -> bool:
@@ -300,7 +295,17 @@ def groups_of(kept: Sequence[tuple[Member, EncodedOutcome]]) -> Iterator[list[tu
         yield group
 
 
-async def settle(member: Member) -> None:
+async def settle_in_turn(members: Sequence[Member]) -> None:
+    """End these messages one after another; those whose leases are over do not wait for a store that is away."""
+    refused: StoreError | None = None
+    for member in members:
+        claim = member.its_claim
+        is_over = member.its_call.policy.shadow or deadline_clock() >= claim.deadline
+        await settle(member, away=refused if is_over else None)
+        refused = claim.refused
+
+
+async def settle(member: Member, *, away: StoreError | None = None) -> None:
     """End this message as a handler of it alone would have ended: by its outcome, or by its exception."""
     if member.settled:
         return
@@ -308,9 +313,9 @@ async def settle(member: Member) -> None:
     before = returned if isinstance(returned, BaseException) else sys.exception()
     try:
         if not isinstance(returned, BaseException):
-            member.end(await record(call, claim, returned))
+            member.end(await record(call, claim, returned, away))
             return
-        recorded = await give_up(call, claim, returned)
+        recorded = await give_up(call, claim, returned, away)
         if recorded is None:
             member.fail(returned)
         else:

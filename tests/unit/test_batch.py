@@ -529,7 +529,7 @@ def test_the_lost_reply_of_a_batch_of_outcomes_is_made_up_for(many: World) -> No
     """Outcomes whose reply was lost are recorded once."""
     many.record_tier.after("finish_batch", away())
     assert shipping(many)(messages("A", "B")) == ["shipped A", "shipped B"]
-    assert many.record_tier.verbs == ["claim_batch", "finish_batch", "finish_batch"]
+    assert many.record_tier.verbs == ["claim_batch", "finish_batch", "finish", "finish"]
     assert many.count(EventName.COMPLETED) == 2
 
 
@@ -550,6 +550,59 @@ def test_outcomes_are_kept_pending_when_the_store_stays_away(shop: World) -> Non
     shop.beat()
     assert ship(messages("A", "B")) == ["done", "done"]
     assert shop.effects == []
+
+
+def test_outcomes_that_are_refused_together_are_finished_by_themselves_at_once(many: World) -> None:
+    """One that the database does not take must not cost the others their leases, nor their outcomes (F38)."""
+    many.record_tier.down("finish_batch", error=StoreError("refused"))
+    begun = many.local()
+    assert shipping(many)(messages("A", "B")) == ["shipped A", "shipped B"]
+    assert many.local() == begun
+    assert many.record_tier.verbs == ["claim_batch", "finish_batch", "finish", "finish"]
+
+
+def test_claims_are_renewed_while_others_are_finished(many: World) -> None:
+    """Each waits for its turn under its lease: the last one is not lost to a slow store."""
+    many.record_tier.down("finish_batch")
+
+    def slowly() -> Any:
+        many.pass_time(LEASE / 2)
+        return many.heartbeat.beat()
+
+    many.record_tier.after("finish", *[slowly] * 4)
+    assert shipping(many)(messages("A", "B", "C", "D"))[-1] == "shipped D"
+    assert many.count(EventName.LEASE_LOST) == 0
+
+
+def test_no_message_waits_for_a_store_that_another_one_found_away(shop: World) -> None:
+    """Once the leases are over, all outcomes are kept at once: an outcome that comes too late is run again (F57)."""
+
+    def hang() -> None:
+        shop.pass_time(10)
+        raise away()
+
+    def away_at_the_end(messages: list[Message]) -> list[str]:
+        for verb in ("finish", "finish_batch"):
+            shop.record_tier.before(verb, *[hang] * 100)
+        return ["done" for _ in messages]
+
+    begun = shop.local()
+    failing(batch_of(shop, away_at_the_end), messages(*"ABCDEFGHIJ"))
+    assert shop.count(EventName.OUTCOME_PENDING) == 10
+    assert shop.local() - begun < LEASE + 20
+
+
+def test_no_failed_message_waits_for_a_store_that_another_one_found_away(shop: World) -> None:
+    """Their leases are over, so that nothing is left to release."""
+
+    def hang() -> None:
+        shop.pass_time(LEASE / 2)
+        raise away()
+
+    shop.record_tier.before("release", *[hang] * 100)
+    failing(shipping(shop, dict.fromkeys("ABCDEFGHIJ", ValueError("no"))), messages(*"ABCDEFGHIJ"))
+    assert shop.count(EventName.RELEASE_FAILED) == 10
+    assert shop.record_tier.verbs.count("release") == 2
 
 
 def test_without_a_store_the_handler_may_run_unprotected(shop: World) -> None:
