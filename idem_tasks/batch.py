@@ -25,6 +25,7 @@ from idem_tasks.claims import EncodedOutcome, Finished, Granted, enter, leave
 from idem_tasks.endings import end, give_back, keep_all, never_began
 from idem_tasks.errors import (
     BatchError,
+    FingerprintMismatchError,
     StoreError,
     StoreUnavailableError,
     comes_again,
@@ -39,7 +40,16 @@ from idem_tasks.runtime import (
 )
 from idem_tasks.session_run import run_in_session
 from idem_tasks.stores.base import batch_store_of
-from idem_tasks.task import give_up, open_claim, record, take_up_in_time, unprotected, withdraw
+from idem_tasks.task import (
+    give_up,
+    open_claim,
+    record,
+    runs_without_store,
+    take_up_in_time,
+    too_late,
+    unprotected,
+    withdraw,
+)
 
 _AT_LEAST = 2
 """Messages for which a verb of many is asked: one alone has a verb of its own."""
@@ -72,25 +82,27 @@ async def open_all(batch: Batch) -> list[Member]:
 
     Whatever strikes before the handler has begun: all that was granted is given back.
     """
-    asked = [member for member in batch.members if member.call is not None and member.first is None]
-    asked.sort(key=lambda member: member.place)
+    keyed = [member for member in batch.members if member.call is not None]
+    asked = sorted([member for member in keyed if member.first is None], key=lambda member: member.place)
     try:
         await claim_together(batch, asked)
         for member in asked:
             await open_one(member)
-            if isinstance(member.error, StoreUnavailableError):
-                fail_the_rest(asked, member.error)
-        for member in batch.members:
-            if member.first is not None and member.its_call.policy.shadow:
-                member.its_call.announce(EventName.SHADOW_DUPLICATE, found="same_batch")
-                member.claim = unprotected(member.its_call)
+            away = member.error if member.claim is None else member.claim.refused
+            if isinstance(away, StoreUnavailableError):
+                leave_the_rest(asked, away)
+        for member in keyed:
+            if member.first is not None:
+                await open_later_one(member, member.first)
+        for member in keyed:
+            await see_in_time(member)
         return [member for member in batch.members if member.claim is not None and not member.settled]
     except BaseException as struck:
         runtime = batch.services.runtime
         if runtime.can_wait(after=struck):
-            await runtime.shield(lambda: give_back_all(asked))
-        if batch.host is not None and is_interruption(struck):
-            raise never_began(asked[0].its_call, struck) from struck
+            await runtime.shield(lambda: give_back_all(keyed))
+        if batch.host is not None and keyed and is_interruption(struck):
+            raise never_began(keyed[0].its_call, struck) from struck
         raise
 
 
@@ -114,7 +126,7 @@ async def claim_together(batch: Batch, members: Sequence[Member]) -> None:
             try:
                 member.claim = await take_up_in_time(call, answer.lease, asked_at)
             except StoreUnavailableError as late:
-                member.fail(late)
+                go_without(member, late)
         else:
             member.told, member.call = answer, replace(call, request=call.request.again())
         member.asked = False
@@ -138,12 +150,41 @@ async def open_one(member: Member) -> None:
     member.asked = False
 
 
-def fail_the_rest(members: Sequence[Member], error: StoreUnavailableError) -> None:
+def leave_the_rest(members: Sequence[Member], error: StoreUnavailableError) -> None:
     """Ask for no more claims: each would wait for a store that is away, while those that were granted grow old."""
     for member in members:
         if member.claim is None and member.told is None and not member.settled:
             request = member.its_call.request
-            member.fail(StoreUnavailableError(f"{request.scope} {request.key!r} was not claimed: {error}"))
+            go_without(member, StoreUnavailableError(f"{request.scope} {request.key!r} was not claimed: {error}"))
+
+
+def go_without(member: Member, error: StoreUnavailableError) -> None:
+    """Bring a message back that has no claim, unless the policy lets it run all the same."""
+    if runs_without_store(member.its_call, error):
+        member.claim = unprotected(member.its_call)
+    else:
+        member.fail(error)
+
+
+async def open_later_one(member: Member, first: Member) -> None:
+    """Leave a message to the outcome of the one before it of its key, but for shadow, and what was refused there."""
+    if member.its_call.policy.shadow:
+        member.its_call.announce(EventName.SHADOW_DUPLICATE, found="same_batch")
+        member.claim = unprotected(member.its_call)
+    elif isinstance(first.error, FingerprintMismatchError):
+        await open_one(member)  # the record is for other content than the first one's, and may be for this one's
+
+
+async def see_in_time(member: Member) -> None:
+    """Give a claim back whose lease ran out while others were asked for: another may be at work (F1)."""
+    claim = member.claim
+    if claim is None or deadline_clock() < claim.deadline:
+        return
+    call = member.its_call
+    call.services.heartbeat.let_go(claim.lease.owner)
+    await call.services.runtime.shield(lambda: give_back(call, claim.lease))
+    member.claim = None
+    go_without(member, too_late(call))
 
 
 async def give_back_all(members: Sequence[Member]) -> None:

@@ -114,7 +114,9 @@ async def open_claim(call: Call, told: Answer | None = None) -> Claim | Finished
             if isinstance(error, StoreError):
                 call.announce(EventName.STORE_UNAVAILABLE, error=str(error))
             raise
-        return unprotected(call)
+        claim = unprotected(call)
+        claim.refused = error if isinstance(error, StoreError) else None
+        return claim
     except Exception as struck:
         if call.host is None or not is_interruption(struck):
             raise
@@ -229,7 +231,12 @@ async def take_up_in_time(call: Call, lease: Lease, asked_at: float) -> Claim:
         return take_up(call, lease, asked_at)
     # Its lease may be over and another at work (F1).
     await call.services.runtime.shield(lambda: give_back(call, lease))
-    raise StoreUnavailableError(
+    raise too_late(call)
+
+
+def too_late(call: Call) -> StoreUnavailableError:
+    """Say that a lease was over before its handler began."""
+    return StoreUnavailableError(
         f"the store took longer than the lease to grant {call.request.scope} {call.request.key!r}, "
         "so its handler did not begin"
     )

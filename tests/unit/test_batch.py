@@ -133,6 +133,16 @@ def test_other_arguments_under_a_key_of_the_batch_are_refused(shop: World) -> No
     assert shop.effects == ["A"]
 
 
+def test_the_recorded_content_is_replayed_beside_another_that_is_refused(shop: World) -> None:
+    """A message with other content than recorded does not speak for a redelivery of the recorded one behind it."""
+    ship = shipping(shop)
+    recorded = messages("A")
+    ship(recorded)
+    error = failing(ship, [{"id": "A", "amount": 6}, *recorded, *recorded])
+    assert kinds(error) == ["FingerprintMismatchError", "shipped A", "shipped A"]
+    assert shop.effects == ["A"]
+
+
 def test_other_arguments_than_recorded_are_refused(shop: World) -> None:
     """A key that was used before with other content is refused alone."""
     shipping(shop)(messages("A"))
@@ -618,6 +628,29 @@ def test_without_a_store_the_handler_may_run_unprotected(shop: World) -> None:
 
     assert batch_of(shop, away_at_the_end, on_store_unavailable="run")(messages("A", "B")) == ["done", "done"]
     assert shop.count(EventName.UNPROTECTED_RUN) == 4
+
+
+@pytest.mark.parametrize("options", [{"on_store_unavailable": "run"}, {"shadow": True}])
+def test_a_store_that_is_away_is_asked_once_where_all_run_without_it(shop: World, options: Any) -> None:
+    """No message waits for a store that another one found away."""
+    shop.record_tier.down()
+    assert shipping(shop, **options)(messages("A", "B", "C")) == ["shipped A", "shipped B", "shipped C"]
+    assert shop.record_tier.verbs.count("claim") == 1
+
+
+def test_what_is_in_shadow_runs_though_its_grants_came_too_late(many: World) -> None:
+    """Shadow keeps nothing from running."""
+    many.record_tier.after("claim_batch", lambda: many.local.advance(LEASE + 1))
+    assert shipping(many, shadow=True)(messages("A", "B")) == ["shipped A", "shipped B"]
+
+
+def test_a_claim_that_ran_out_while_others_were_asked_for_begins_nothing(alone: World) -> None:
+    """Its handler would run beside another one, and nobody was killed or paused (F1)."""
+    alone.record_tier.after("claim", *[lambda: alone.pass_time(LEASE / 2)] * 3)
+    error = failing(shipping(alone), messages("A", "B", "C"))
+    assert kinds(error) == ["StoreUnavailableError", "StoreUnavailableError", "shipped C"]
+    assert alone.effects == ["C"]
+    assert alone.held() == 0
 
 
 def test_a_batch_of_grants_that_came_too_late_is_given_back(many: World) -> None:
