@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -975,6 +975,15 @@ def test_a_method_may_be_a_handler(shop: World) -> None:
 
     assert Shop().ship(messages("A", "B")) == ["Shop", "Shop"]
     assert Shop().ship(messages=messages("A", "B")) == ["Shop", "Shop"]
+
+
+def test_messages_may_have_a_default(world: World) -> None:
+    """A call without messages is one of the default's."""
+
+    def ship(messages: Sequence[Message] = ()) -> list[Any]:
+        return ["shipped" for _ in messages]
+
+    assert batch_of(world, ship)() == []
 
 
 def test_its_verbs_for_people_take_one_message(world: World) -> None:
