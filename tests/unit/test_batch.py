@@ -300,6 +300,7 @@ def test_what_a_dict_has_too_much_is_an_error_after_all_is_recorded(shop: World)
     error = failing(batch_of(shop, lambda _messages: returned), messages("A", "B"))
     assert error.results == ["done", "done"]
     assert "'Z', '<NoneType>', '<tuple>'" in str(error)
+    assert error.surplus == ("Z", "<NoneType>", "<tuple>")
     assert [shop.state(key) for key in "AB"] == [State.COMPLETED, State.COMPLETED]
     assert batch_of(shop, lambda _messages: returned)(messages("A", "B")) == ["done", "done"]
 
