@@ -25,6 +25,7 @@ from idem_tasks.claims import EncodedOutcome, Finished, Granted, enter, leave
 from idem_tasks.endings import end, give_back, keep_all, never_began
 from idem_tasks.errors import (
     BatchError,
+    FingerprintMismatchError,
     StoreError,
     StoreUnavailableError,
     comes_again,
@@ -32,8 +33,6 @@ from idem_tasks.errors import (
 from idem_tasks.events import EventName
 from idem_tasks.replay import DOUBTFUL_SIZE, outcome_of_another, replay
 from idem_tasks.runtime import (
-    FIRST_PAUSE,
-    LONGEST_PAUSE,
     HandlerStopIteration,
     deadline_clock,
     interruption_in,
@@ -41,7 +40,16 @@ from idem_tasks.runtime import (
 )
 from idem_tasks.session_run import run_in_session
 from idem_tasks.stores.base import batch_store_of
-from idem_tasks.task import give_up, open_claim, record, take_up_in_time, unprotected, withdraw
+from idem_tasks.task import (
+    give_up,
+    open_claim,
+    record,
+    runs_without_store,
+    take_up_in_time,
+    too_late,
+    unprotected,
+    withdraw,
+)
 
 _AT_LEAST = 2
 """Messages for which a verb of many is asked: one alone has a verb of its own."""
@@ -74,25 +82,27 @@ async def open_all(batch: Batch) -> list[Member]:
 
     Whatever strikes before the handler has begun: all that was granted is given back.
     """
-    asked = [member for member in batch.members if member.call is not None and member.first is None]
-    asked.sort(key=lambda member: member.place)
+    keyed = [member for member in batch.members if member.call is not None]
+    asked = sorted([member for member in keyed if member.first is None], key=lambda member: member.place)
     try:
         await claim_together(batch, asked)
         for member in asked:
             await open_one(member)
-            if isinstance(member.error, StoreUnavailableError):
-                fail_the_rest(asked, member.error)
-        for member in batch.members:
-            if member.first is not None and member.its_call.policy.shadow:
-                member.its_call.announce(EventName.SHADOW_DUPLICATE, found="same_batch")
-                member.claim = unprotected(member.its_call)
+            away = member.error if member.claim is None else member.claim.refused
+            if isinstance(away, StoreUnavailableError):
+                leave_the_rest(asked, away)
+        for member in keyed:
+            if member.first is not None:
+                await open_later_one(member, member.first)
+        for member in keyed:
+            await see_in_time(member)
         return [member for member in batch.members if member.claim is not None and not member.settled]
     except BaseException as struck:
         runtime = batch.services.runtime
         if runtime.can_wait(after=struck):
-            await runtime.shield(lambda: give_back_all(asked))
-        if batch.host is not None and is_interruption(struck):
-            raise never_began(asked[0].its_call, struck) from struck
+            await runtime.shield(lambda: give_back_all(keyed))
+        if batch.host is not None and keyed and is_interruption(struck):
+            raise never_began(keyed[0].its_call, struck) from struck
         raise
 
 
@@ -116,7 +126,7 @@ async def claim_together(batch: Batch, members: Sequence[Member]) -> None:
             try:
                 member.claim = await take_up_in_time(call, answer.lease, asked_at)
             except StoreUnavailableError as late:
-                member.fail(late)
+                go_without(member, late)
         else:
             member.told, member.call = answer, replace(call, request=call.request.again())
         member.asked = False
@@ -140,12 +150,41 @@ async def open_one(member: Member) -> None:
     member.asked = False
 
 
-def fail_the_rest(members: Sequence[Member], error: StoreUnavailableError) -> None:
+def leave_the_rest(members: Sequence[Member], error: StoreUnavailableError) -> None:
     """Ask for no more claims: each would wait for a store that is away, while those that were granted grow old."""
     for member in members:
         if member.claim is None and member.told is None and not member.settled:
             request = member.its_call.request
-            member.fail(StoreUnavailableError(f"{request.scope} {request.key!r} was not claimed: {error}"))
+            go_without(member, StoreUnavailableError(f"{request.scope} {request.key!r} was not claimed: {error}"))
+
+
+def go_without(member: Member, error: StoreUnavailableError) -> None:
+    """Bring a message back that has no claim, unless the policy lets it run all the same."""
+    if runs_without_store(member.its_call, error):
+        member.claim = unprotected(member.its_call)
+    else:
+        member.fail(error)
+
+
+async def open_later_one(member: Member, first: Member) -> None:
+    """Leave a message to the outcome of the one before it of its key, but for shadow, and what was refused there."""
+    if member.its_call.policy.shadow:
+        member.its_call.announce(EventName.SHADOW_DUPLICATE, found="same_batch")
+        member.claim = unprotected(member.its_call)
+    elif isinstance(first.error, FingerprintMismatchError):
+        await open_one(member)  # the record is for other content than the first one's, and may be for this one's
+
+
+async def see_in_time(member: Member) -> None:
+    """Give a claim back whose lease ran out while others were asked for: another may be at work (F1)."""
+    claim = member.claim
+    if claim is None or deadline_clock() < claim.deadline:
+        return
+    call = member.its_call
+    call.services.heartbeat.let_go(claim.lease.owner)
+    await call.services.runtime.shield(lambda: give_back(call, claim.lease))
+    member.claim = None
+    go_without(member, too_late(call))
 
 
 async def give_back_all(members: Sequence[Member]) -> None:
@@ -228,7 +267,7 @@ async def fail_all(members: Sequence[Member], error: BaseException) -> None:
     """The handler raised: that is the failure of each message."""
     for member in members:
         member.returned = error
-        await settle(member)
+    await settle_in_turn(members)
 
 
 # Step 4
@@ -243,14 +282,14 @@ async def end_all(batch: Batch, members: Sequence[Member], returned: Any) -> Non
     for member, outcome in zip(members, outcomes, strict=True):
         member.returned = outcome
     await finish_together(batch, members)
-    for member in members:
-        await settle(member)
+    await settle_in_turn(members)
 
 
 async def finish_together(batch: Batch, members: Sequence[Member]) -> None:
-    """Bring the outcomes to their records in one step; while the store is away, try again as long as the leases live.
+    """Bring the outcomes to their records in one step.
 
-    What is not recorded then is finished by itself: that tells why, and keeps what has to be kept.
+    What is not recorded then is finished by itself: that tries again, tells why, and keeps what has to be kept. Its
+    claim is renewed until then: one outcome that is refused must not cost the others their leases.
     """
     store = batch_store_of(batch.services.store)
     plain = [member for member in members if is_plain(member)]
@@ -260,20 +299,17 @@ async def finish_together(batch: Batch, members: Sequence[Member]) -> None:
         batch.services.heartbeat.let_go(member.its_claim.lease.owner)
     kept = [(member, keep_all(member.its_call, member.its_claim, member.returned)) for member in plain]
     kept.sort(key=lambda pair: pair[0].place)
-    until, pause = min(member.its_claim.deadline for member in plain), FIRST_PAUSE
-    for group in groups_of(kept):
-        answers = None
-        while answers is None:
-            try:
-                answers = await store.finish_batch([(member.its_claim.lease, outcome) for member, outcome in group])
-            except StoreError:
-                if plain[0].its_call.policy.shadow or deadline_clock() + pause >= until:
-                    return
-                await batch.services.runtime.sleep(pause)
-                pause = min(pause * 2, LONGEST_PAUSE)
+    for group in list(groups_of(kept)):
+        try:
+            answers = await store.finish_batch([(member.its_claim.lease, outcome) for member, outcome in group])
+        except StoreError:
+            break
         for (member, _), answer in zip(group, answers, strict=True):
             if answer is not None:
                 end(member.its_call, member.its_claim, answer)
+    for member in plain:
+        if member.its_claim.ending is None:
+            batch.services.heartbeat.hold(member.its_claim)
 
 
 def is_plain(member: Member) -> bool:
@@ -300,7 +336,17 @@ def groups_of(kept: Sequence[tuple[Member, EncodedOutcome]]) -> Iterator[list[tu
         yield group
 
 
-async def settle(member: Member) -> None:
+async def settle_in_turn(members: Sequence[Member]) -> None:
+    """End these messages one after another; those whose leases are over do not wait for a store that is away."""
+    refused: StoreError | None = None
+    for member in members:
+        claim = member.its_claim
+        is_over = member.its_call.policy.shadow or deadline_clock() >= claim.deadline
+        await settle(member, away=refused if is_over else None)
+        refused = claim.refused
+
+
+async def settle(member: Member, *, away: StoreError | None = None) -> None:
     """End this message as a handler of it alone would have ended: by its outcome, or by its exception."""
     if member.settled:
         return
@@ -308,9 +354,9 @@ async def settle(member: Member) -> None:
     before = returned if isinstance(returned, BaseException) else sys.exception()
     try:
         if not isinstance(returned, BaseException):
-            member.end(await record(call, claim, returned))
+            member.end(await record(call, claim, returned, away))
             return
-        recorded = await give_up(call, claim, returned)
+        recorded = await give_up(call, claim, returned, away)
         if recorded is None:
             member.fail(returned)
         else:

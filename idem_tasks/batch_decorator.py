@@ -114,6 +114,7 @@ class IdempotentBatch(IdempotentFunction):
             session = self._session.by_name(args, kwargs)
             args, kwargs = self._session.without(args, kwargs)
         bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
         members = members_of(
             bound.arguments[self._messages], lambda message: replace(self.call((message,), {}, host), session=session)
         )

@@ -225,6 +225,7 @@ def outcomes_of(batch: Batch) -> list[Any]:
             f"{len(errors)} of {len(results)} messages have no outcome",
             results=results,
             errors=errors,
+            surplus=batch.surplus,
         )
     if errors:
         raise BatchError(results=results, errors=errors)

@@ -66,7 +66,9 @@ async def run_unfenced(batch: Batch, new: Sequence[Member]) -> Any:
         returned = await call_handler(batch, new, transaction)
         if not has_failed(outcomes_in(new, returned)[0]):
             committed = await runtime.shield(lambda: transaction.commit(EncodedOutcome()))
-        return returned if committed else APART
+            return returned
+        drop(batch, new)
+        return APART
     finally:
         ended_by = sys.exception()
         if ended_by is None or runtime.can_wait(after=ended_by):

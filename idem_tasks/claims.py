@@ -21,7 +21,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
-from idem_tasks.errors import ConfigurationError, StepsChangedError
+from idem_tasks.errors import ConfigurationError, StepsChangedError, StoreError
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import deadline_clock
 
@@ -427,6 +427,7 @@ class Claim:
         "held_since",
         "lease",
         "parked_by",
+        "refused",
         "renew_at",
         "steps",
         "transaction",
@@ -443,6 +444,8 @@ class Claim:
         self.written: tuple[Any, EncodedOutcome] | None = None
         """What `finish_in` wrote last in a transaction of the user's: the value, and how it was encoded."""
         self._finish_in: Callable[[Any, Any], None] | None = None
+        self.refused: StoreError | None = None
+        """Why the store did not grant it, or does not know how its handler ended."""
         self.parked_by: StepsChangedError | None = None
         """Why a step of it parked the record."""
         self.steps = steps

@@ -192,10 +192,19 @@ class BatchError(IdemTasksError):
     `results` are the outcomes in the order of the messages, with its own error in the place of each one without.
     """
 
-    def __init__(self, message: str | None = None, *, results: Sequence[Any] = (), errors: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        results: Sequence[Any] = (),
+        errors: Sequence[int] = (),
+        surplus: Sequence[str] = (),
+    ) -> None:
         self.results = list(results)
         self.errors = tuple(errors)
         """The positions of those that have no outcome."""
+        self.surplus = tuple(surplus)
+        """Keys for which the handler returned an outcome too many: no message of the batch has them, or it had one."""
         kinds = sorted({type(self.results[position]).__name__ for position in self.errors})
         super().__init__(
             message or f"{len(self.errors)} of {len(self.results)} messages have no outcome ({', '.join(kinds)})"

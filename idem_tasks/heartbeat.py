@@ -32,6 +32,10 @@ _MAX_PENDING = 10_000
 _LONGEST_PAUSE = 30.0
 """Seconds between two tries to record a pending outcome, at most."""
 
+_TRYING = 0.2
+"""Seconds for which a beat tries pending outcomes before claims are looked after again: a batch that outlived an outage
+leaves thousands, and a claim is due every third of its lease."""
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -76,11 +80,11 @@ class Heartbeat:
         """How many outcomes wait to be recorded."""
         return len(self._pending)
 
-    async def beat(self) -> None:
-        """Renew what is due, then try to record what is pending; never raises an `Exception`."""
+    async def beat(self, trying: float = _TRYING) -> None:
+        """Renew what is due, then try for so many seconds to record what is pending; never raises an `Exception`."""
         try:
             await self._renew_due()
-            await self._record_pending()
+            await self._record_pending(deadline_clock() + trying)
         except Exception:
             # The heartbeat of all claims must outlive a fault in one beat; the fence still guards each of them.
             _logger.exception("a heartbeat failed")
@@ -89,7 +93,7 @@ class Heartbeat:
         """Beat, and let no pending outcome wait for its time: the connections are about to be closed."""
         for pending in list(self._pending.values()):
             pending.try_at = 0.0
-        await self.beat()
+        await self.beat(trying=math.inf)
 
     async def _renew_due(self) -> None:
         now = deadline_clock()
@@ -116,11 +120,13 @@ class Heartbeat:
             else:
                 claim.renew_at = min(deadline_clock() + claim.lease.policy.lease / 12, claim.deadline + 0.001)
 
-    async def _record_pending(self) -> None:
+    async def _record_pending(self, until: float) -> None:
         for owner, pending in list(self._pending.items()):
             lease, now = pending.lease, deadline_clock()
             if pending.try_at > now:
                 continue
+            if now > until:
+                break  # the rest is due still, and tried after the next renewals
             try:
                 answer = await self._store.finish(lease, pending.outcome, may_insert=False)
             except IdemTasksError as error:

@@ -114,7 +114,9 @@ async def open_claim(call: Call, told: Answer | None = None) -> Claim | Finished
             if isinstance(error, StoreError):
                 call.announce(EventName.STORE_UNAVAILABLE, error=str(error))
             raise
-        return unprotected(call)
+        claim = unprotected(call)
+        claim.refused = error if isinstance(error, StoreError) else None
+        return claim
     except Exception as struck:
         if call.host is None or not is_interruption(struck):
             raise
@@ -229,7 +231,12 @@ async def take_up_in_time(call: Call, lease: Lease, asked_at: float) -> Claim:
         return take_up(call, lease, asked_at)
     # Its lease may be over and another at work (F1).
     await call.services.runtime.shield(lambda: give_back(call, lease))
-    raise StoreUnavailableError(
+    raise too_late(call)
+
+
+def too_late(call: Call) -> StoreUnavailableError:
+    """Say that a lease was over before its handler began."""
+    return StoreUnavailableError(
         f"the store took longer than the lease to grant {call.request.scope} {call.request.key!r}, "
         "so its handler did not begin"
     )
@@ -281,11 +288,11 @@ async def seen_committed(call: Call, claim: Claim) -> Any:
     raise error
 
 
-async def record(call: Call, claim: Claim, value: Any) -> Any:
+async def record(call: Call, claim: Claim, value: Any, away: StoreError | None = None) -> Any:
     """Steps 4 and 5: record the value and return it; from here on nothing releases the claim any more.
 
     Where somebody else's outcome is recorded already, that is returned instead. What the handler published is
-    recorded with the value, and then sent.
+    recorded with the value, and then sent. `away` is what `finish` takes.
     """
     protected = claim.protected
     if protected and claim.parked_by is not None:
@@ -295,7 +302,7 @@ async def record(call: Call, claim: Claim, value: Any) -> Any:
     answer = claim.ending
     if answer is None and protected:
         try:
-            answer = await call.services.runtime.shield(lambda: finish(call, claim, keep_all(call, claim, value)))
+            answer = await call.services.runtime.shield(lambda: finish(call, claim, keep_all(call, claim, value), away))
         except IdemTasksError as error:
             if not runs_without_store(call, error):
                 raise
@@ -318,15 +325,23 @@ async def send(call: Call, messages: Sequence[OutboxMessage], *, recorded: bool)
     await (relay.send_now(messages) if recorded else relay.send_unrecorded(messages))
 
 
-async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded | Finished | Lost:
+async def finish(
+    call: Call, claim: Claim, outcome: EncodedOutcome, away: StoreError | None = None
+) -> Recorded | Finished | Lost:
     """Bring the outcome to the record; while the store is away, try again as long as the lease lives.
 
     After that the outcome is kept in the marker, this process keeps trying, and `StoreUnavailableError` makes the
     message come back: it must never be acknowledged on the strength of a marker (F45, F57).
+
+    `away` is what another message of its batch met just now, where this one's lease is over: its outcome is kept
+    without another try, which could take long, and meanwhile somebody else runs the message.
     """
-    store, pause = call.services.store, FIRST_PAUSE
+    store, pause, refused = call.services.store, FIRST_PAUSE, away
     call.services.heartbeat.let_go(claim.lease.owner)
-    while True:
+    while refused is None or (not call.policy.shadow and deadline_clock() + pause < claim.deadline):
+        if refused is not None:
+            await call.services.runtime.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
         try:
             answer = await store.finish(claim.lease, outcome, may_insert=not claim.lost)
         except StoreError as error:  # even a table that is gone: the effect has happened
@@ -334,13 +349,10 @@ async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded 
         else:
             tell(call, claim, answer, outcome.error_type)
             return answer
-        if call.policy.shadow:
-            raise refused
-        if deadline_clock() + pause >= claim.deadline:
-            break
-        await call.services.runtime.sleep(pause)
-        pause = min(pause * 2, LONGEST_PAUSE)
-    if outcome.body is not None and len(outcome.body) > DOUBTFUL_SIZE:
+    claim.refused = refused
+    if call.policy.shadow:
+        raise refused
+    if away is None and outcome.body is not None and len(outcome.body) > DOUBTFUL_SIZE:
         # Larger than MariaDB's max_allowed_packet, say: recorded without it, or it would be refused for ever (F43).
         without = replace(outcome, body=None, codec=None, not_kept="too_large")
         with contextlib.suppress(StoreError):
@@ -357,11 +369,11 @@ async def finish(call: Call, claim: Claim, outcome: EncodedOutcome) -> Recorded 
     ) from refused
 
 
-async def give_up(call: Call, claim: Claim, raised: BaseException) -> Finished | None:
+async def give_up(call: Call, claim: Claim, raised: BaseException, away: StoreError | None = None) -> Finished | None:
     """The handler raised: record a final failure, or release the claim, before its exception goes on unchanged.
 
     Returns the outcome that somebody else has recorded: it is the answer then, and the exception is announced (F58).
-    None: the exception goes on.
+    None: the exception goes on. `away` is what `finish` takes.
     """
     runtime = call.services.runtime
     if not claim.protected or claim.ending is not None or not runtime.can_wait(after=raised):
@@ -372,9 +384,9 @@ async def give_up(call: Call, claim: Claim, raised: BaseException) -> Finished |
         if claim.written is not None and (committed := await own_outcome(call, claim)) is not None:
             answer = committed
         elif is_final(call, error):
-            answer = await runtime.shield(lambda: finish(call, claim, keep_failure(error)))
+            answer = await runtime.shield(lambda: finish(call, claim, keep_failure(error), away))
         else:
-            answer = await runtime.shield(lambda: let_go(call, claim, error))
+            answer = await runtime.shield(lambda: let_go(call, claim, error, away))
     except IdemTasksError as refused:
         if runs_without_store(call, refused):
             return None
@@ -401,10 +413,11 @@ async def own_outcome(call: Call, claim: Claim) -> Finished | Lost | None:
     return Finished(outcome, call.request.fingerprint, call.policy.retention, claim.fencing_token)
 
 
-async def let_go(call: Call, claim: Claim, error: BaseException) -> Ending:
+async def let_go(call: Call, claim: Claim, error: BaseException, away: StoreError | None = None) -> Ending:
     """Release the claim of a handler that raised, as the policy says; None where the store cannot be reached.
 
-    Then the lease runs out by itself, and the next delivery takes over from it as after a crash.
+    Then the lease runs out by itself, and the next delivery takes over from it as after a crash. `away` is what
+    `finish` takes.
     """
     call.services.heartbeat.let_go(claim.lease.owner)
     release = Release(
@@ -414,8 +427,11 @@ async def let_go(call: Call, claim: Claim, error: BaseException) -> Ending:
         error_message=message_of(error),
     )
     try:
+        if away is not None:
+            raise away
         answer = await call.services.store.release(claim.lease, release)
     except StoreError as refused:
+        claim.refused = refused
         call.announce(EventName.RELEASE_FAILED, error=str(refused))
         return None
     tell(call, claim, answer, type(error).__name__)

@@ -137,8 +137,13 @@ def handling_for(
 
 
 def ends_of(raised: BaseException | None, number: int, *, batch: bool) -> list[BaseException | None]:
-    """Return how each of so many messages ended whose call ended with `raised`, or returned (None)."""
+    """Return how each of so many messages ended whose call ended with `raised`, or returned (None).
+
+    Outcomes that the handler of a batch returned for other messages are none of theirs: that is logged.
+    """
     if batch and isinstance(raised, BatchError):
+        if raised.surplus:
+            logger.error("%s", raised)
         failed = frozenset(raised.errors)
         return [error if place in failed else None for place, error in enumerate(raised.results)]
     return [raised] * number

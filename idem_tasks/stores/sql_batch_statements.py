@@ -57,12 +57,15 @@ _FINISH = (
 _SECONDS = ("lease", "lifetime", "retention")
 
 _MYSQL_TYPES = {
-    "new_outcome": "LONGTEXT",
-    "new_error_message": "LONGTEXT",
+    "new_outcome": "LONGTEXT CHARACTER SET utf8mb4",
+    "new_error_message": "LONGTEXT CHARACTER SET utf8mb4",
     "seen_token": "BIGINT",
     **dict.fromkeys(_SECONDS, "BIGINT"),
 }
 """Those that are no short texts; seconds are microseconds by then."""
+
+_MYSQL_TEXT = "VARCHAR(255) CHARACTER SET utf8mb4"
+"""Without its character set a column has the database's own, of which keys in another script are all question marks."""
 
 
 class BatchStatements:
@@ -175,7 +178,7 @@ class _Members:
         elif kind == "sqlite":
             self.rows = func.json_each(given).table_valued("value", name="wanted")
         else:
-            fields = ", ".join(f"{name} {_MYSQL_TYPES.get(name, 'VARCHAR(255)')} PATH '$.{name}'" for name in names)
+            fields = ", ".join(f"{name} {_MYSQL_TYPES.get(name, _MYSQL_TEXT)} PATH '$.{name}'" for name in names)
             self.rows = func.json_table(given, literal_column(f"'$[*]' COLUMNS ({fields})")).table_valued(
                 *(column(name) for name in names), name="wanted"
             )

@@ -684,11 +684,8 @@ await self._marker.drop_pending(request.scope, request.key, seen)
     Mutant(
         name="a finish is tried once",
         module=_TASK,
-        before="""\
-        if deadline_clock() + pause >= claim.deadline:
-            break""",
-        after="""\
-        break""",
+        before="while refused is None or (not call.policy.shadow and deadline_clock() + pause < claim.deadline):",
+        after="while refused is None:",
         laws=("FINISH_TRIED",),
         scenario="SQL goes away",
     ),
@@ -750,21 +747,16 @@ await self._marker.drop_pending(request.scope, request.key, seen)
     Mutant(
         name="what was given back runs all the same",
         module=_TASK,
-        before="""\
-    raise StoreUnavailableError(
-        f"the store took longer than the lease""",
-        after="""\
-    return take_up(call, lease, asked_at)
-    raise StoreUnavailableError(
-        f"the store took longer than the lease""",
+        before="raise too_late(call)",
+        after="return take_up(call, lease, asked_at)",
         laws=("EFFECT_EXPLAINED",),
         scenario="a pause",
     ),
     Mutant(
         name="the finish is not shielded",
         module=_TASK,
-        before="answer = await call.services.runtime.shield(lambda: finish(call, claim, keep_all(call, claim, value)))",
-        after="answer = await finish(call, claim, keep_all(call, claim, value))",
+        before="await call.services.runtime.shield(lambda: finish(call, claim, keep_all(call, claim, value), away))",
+        after="await finish(call, claim, keep_all(call, claim, value), away)",
         laws=("NOTHING_LEFT",),
         scenario="struck",
     ),
@@ -787,7 +779,7 @@ await self._marker.drop_pending(request.scope, request.key, seen)
     Mutant(
         name="a failure does not release",
         module=_TASK,
-        before="answer = await runtime.shield(lambda: let_go(call, claim, error))",
+        before="answer = await runtime.shield(lambda: let_go(call, claim, error, away))",
         after="return None",
         laws=("NOTHING_LEFT",),
         scenario="the handler raises",

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
-from sqlalchemy import Connection, insert, literal, select
+from sqlalchemy import Connection, NullPool, create_engine, insert, literal, select, text
 
-from idem_tasks.claims import Granted, InProgress, Recorded
+from idem_tasks.claims import Granted, InProgress, Recorded, State
 from idem_tasks.runtime import run_sync
 from idem_tasks.stores import sql_batches
 from idem_tasks.stores.schema import records_table
@@ -168,3 +168,22 @@ def test_a_record_that_goes_meanwhile_is_left_to_a_claim_of_its_own(
     batches.granted("a")
     monkeypatch.setattr(sql_batches, "_by_place", lambda _rows: {})
     assert batches.claim(batches.requests("a", "b")) == [None, None]
+
+
+@pytest.fixture
+def latin1(url: str) -> None:
+    """A character set of the database's own, whatever that of its tables is."""
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text(f"ALTER DATABASE {engine.url.database} CHARACTER SET latin1"))
+
+
+@pytest.mark.usefixtures("latin1")
+@pytest.mark.parametrize("url", ["mariadb_url", "mysql_url"], indirect=True)
+def test_keys_of_any_script_are_told_apart_in_a_database_of_latin1(batches: BatchInUse) -> None:
+    """Keys that its character set lacks are not all question marks, and so one key (F51)."""
+    keys = ["E", "e", "é", "字", "漢", "😀"]
+    leases = batches.granted(*keys)
+    assert [lease.key for lease in leases] == keys
+    assert batches.finish(*((lease, DONE) for lease in leases)) == [Recorded()] * len(keys)
+    assert {batches.use.record(key).state for key in keys} == {State.COMPLETED}

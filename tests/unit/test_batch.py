@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -133,6 +133,16 @@ def test_other_arguments_under_a_key_of_the_batch_are_refused(shop: World) -> No
     error = failing(shipping(shop), [{"id": "A", "amount": 5}, {"id": "A", "amount": 6}])
     assert kinds(error) == ["shipped A", "FingerprintMismatchError"]
     assert error.errors == (1,)
+    assert shop.effects == ["A"]
+
+
+def test_the_recorded_content_is_replayed_beside_another_that_is_refused(shop: World) -> None:
+    """A message with other content than recorded does not speak for a redelivery of the recorded one behind it."""
+    ship = shipping(shop)
+    recorded = messages("A")
+    ship(recorded)
+    error = failing(ship, [{"id": "A", "amount": 6}, *recorded, *recorded])
+    assert kinds(error) == ["FingerprintMismatchError", "shipped A", "shipped A"]
     assert shop.effects == ["A"]
 
 
@@ -293,6 +303,7 @@ def test_what_a_dict_has_too_much_is_an_error_after_all_is_recorded(shop: World)
     error = failing(batch_of(shop, lambda _messages: returned), messages("A", "B"))
     assert error.results == ["done", "done"]
     assert "'Z', '<NoneType>', '<tuple>'" in str(error)
+    assert error.surplus == ("Z", "<NoneType>", "<tuple>")
     assert [shop.state(key) for key in "AB"] == [State.COMPLETED, State.COMPLETED]
     assert batch_of(shop, lambda _messages: returned)(messages("A", "B")) == ["done", "done"]
 
@@ -532,7 +543,7 @@ def test_the_lost_reply_of_a_batch_of_outcomes_is_made_up_for(many: World) -> No
     """Outcomes whose reply was lost are recorded once."""
     many.record_tier.after("finish_batch", away())
     assert shipping(many)(messages("A", "B")) == ["shipped A", "shipped B"]
-    assert many.record_tier.verbs == ["claim_batch", "finish_batch", "finish_batch"]
+    assert many.record_tier.verbs == ["claim_batch", "finish_batch", "finish", "finish"]
     assert many.count(EventName.COMPLETED) == 2
 
 
@@ -555,6 +566,59 @@ def test_outcomes_are_kept_pending_when_the_store_stays_away(shop: World) -> Non
     assert shop.effects == []
 
 
+def test_outcomes_that_are_refused_together_are_finished_by_themselves_at_once(many: World) -> None:
+    """One that the database does not take must not cost the others their leases, nor their outcomes (F38)."""
+    many.record_tier.down("finish_batch", error=StoreError("refused"))
+    begun = many.local()
+    assert shipping(many)(messages("A", "B")) == ["shipped A", "shipped B"]
+    assert many.local() == begun
+    assert many.record_tier.verbs == ["claim_batch", "finish_batch", "finish", "finish"]
+
+
+def test_claims_are_renewed_while_others_are_finished(many: World) -> None:
+    """Each waits for its turn under its lease: the last one is not lost to a slow store."""
+    many.record_tier.down("finish_batch")
+
+    def slowly() -> Any:
+        many.pass_time(LEASE / 2)
+        return many.heartbeat.beat()
+
+    many.record_tier.after("finish", *[slowly] * 4)
+    assert shipping(many)(messages("A", "B", "C", "D"))[-1] == "shipped D"
+    assert many.count(EventName.LEASE_LOST) == 0
+
+
+def test_no_message_waits_for_a_store_that_another_one_found_away(shop: World) -> None:
+    """Once the leases are over, all outcomes are kept at once: an outcome that comes too late is run again (F57)."""
+
+    def hang() -> None:
+        shop.pass_time(10)
+        raise away()
+
+    def away_at_the_end(messages: list[Message]) -> list[str]:
+        for verb in ("finish", "finish_batch"):
+            shop.record_tier.before(verb, *[hang] * 100)
+        return ["done" for _ in messages]
+
+    begun = shop.local()
+    failing(batch_of(shop, away_at_the_end), messages(*"ABCDEFGHIJ"))
+    assert shop.count(EventName.OUTCOME_PENDING) == 10
+    assert shop.local() - begun < LEASE + 20
+
+
+def test_no_failed_message_waits_for_a_store_that_another_one_found_away(shop: World) -> None:
+    """Their leases are over, so that nothing is left to release."""
+
+    def hang() -> None:
+        shop.pass_time(LEASE / 2)
+        raise away()
+
+    shop.record_tier.before("release", *[hang] * 100)
+    failing(shipping(shop, dict.fromkeys("ABCDEFGHIJ", ValueError("no"))), messages(*"ABCDEFGHIJ"))
+    assert shop.count(EventName.RELEASE_FAILED) == 10
+    assert shop.record_tier.verbs.count("release") == 2
+
+
 def test_without_a_store_the_handler_may_run_unprotected(shop: World) -> None:
     """`on_store_unavailable="run"` runs all of them, at the beginning and at the end."""
     ship = shipping(shop, on_store_unavailable="run")
@@ -568,6 +632,29 @@ def test_without_a_store_the_handler_may_run_unprotected(shop: World) -> None:
 
     assert batch_of(shop, away_at_the_end, on_store_unavailable="run")(messages("A", "B")) == ["done", "done"]
     assert shop.count(EventName.UNPROTECTED_RUN) == 4
+
+
+@pytest.mark.parametrize("options", [{"on_store_unavailable": "run"}, {"shadow": True}])
+def test_a_store_that_is_away_is_asked_once_where_all_run_without_it(shop: World, options: Any) -> None:
+    """No message waits for a store that another one found away."""
+    shop.record_tier.down()
+    assert shipping(shop, **options)(messages("A", "B", "C")) == ["shipped A", "shipped B", "shipped C"]
+    assert shop.record_tier.verbs.count("claim") == 1
+
+
+def test_what_is_in_shadow_runs_though_its_grants_came_too_late(many: World) -> None:
+    """Shadow keeps nothing from running."""
+    many.record_tier.after("claim_batch", lambda: many.local.advance(LEASE + 1))
+    assert shipping(many, shadow=True)(messages("A", "B")) == ["shipped A", "shipped B"]
+
+
+def test_a_claim_that_ran_out_while_others_were_asked_for_begins_nothing(alone: World) -> None:
+    """Its handler would run beside another one, and nobody was killed or paused (F1)."""
+    alone.record_tier.after("claim", *[lambda: alone.pass_time(LEASE / 2)] * 3)
+    error = failing(shipping(alone), messages("A", "B", "C"))
+    assert kinds(error) == ["StoreUnavailableError", "StoreUnavailableError", "shipped C"]
+    assert alone.effects == ["C"]
+    assert alone.held() == 0
 
 
 def test_a_batch_of_grants_that_came_too_late_is_given_back(many: World) -> None:
@@ -931,6 +1018,15 @@ def test_a_method_may_be_a_handler(shop: World) -> None:
 
     assert Shop().ship(messages("A", "B")) == ["Shop", "Shop"]
     assert Shop().ship(messages=messages("A", "B")) == ["Shop", "Shop"]
+
+
+def test_messages_may_have_a_default(world: World) -> None:
+    """A call without messages is one of the default's."""
+
+    def ship(messages: Sequence[Message] = ()) -> list[Any]:
+        return ["shipped" for _ in messages]
+
+    assert batch_of(world, ship)() == []
 
 
 def test_its_verbs_for_people_take_one_message(world: World) -> None:

@@ -298,6 +298,20 @@ def test_many_pending_outcomes_do_not_hold_up_renewals(beating: Beating, clock: 
     assert beating.heartbeat.pending == 0
 
 
+def test_a_batch_of_pending_outcomes_does_not_hold_up_renewals(beating: Beating, clock: ManualClock) -> None:
+    """After an outage there may be thousands: claims are renewed between them, and all are recorded."""
+    pending(beating, 30)
+    running = beating.claim("B-2", lease=3.0)
+    beating.heartbeat.hold(running)
+    beating.store.after("finish", *[lambda: clock.advance(0.1)] * 30)
+    clock.advance(1.0)
+    while beating.heartbeat.pending:
+        beating.beat()
+    assert EventName.LEASE_LOST not in beating.names()
+    assert beating.lease_left("B-2") > 1.5
+    assert beating.names().count(EventName.OUTCOME_WRITTEN_THROUGH) == 30
+
+
 def test_pending_outcomes_are_bounded(beating: Beating, monkeypatch: pytest.MonkeyPatch) -> None:
     """When too many wait, the oldest is dropped and named."""
     monkeypatch.setattr("idem_tasks.heartbeat._MAX_PENDING", 2)
@@ -311,6 +325,14 @@ def test_close_tries_once_more(beating: Beating) -> None:
     pending(beating, 3)
     run_sync(beating.heartbeat.try_now())
     assert beating.names() == [EventName.OUTCOME_WRITTEN_THROUGH] * 3
+
+
+def test_close_tries_all_once_more(beating: Beating, clock: ManualClock) -> None:
+    """However long that takes."""
+    pending(beating, 10)
+    beating.store.after("finish", *[lambda: clock.advance(0.1)] * 10)
+    run_sync(beating.heartbeat.try_now())
+    assert beating.heartbeat.pending == 0
 
 
 def test_two_that_beat_at_once_tell_of_an_outcome_once(beating: Beating, caplog: pytest.LogCaptureFixture) -> None:

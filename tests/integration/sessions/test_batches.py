@@ -285,6 +285,19 @@ def test_without_protection_it_is_only_committed(seller: Seller, options: Any) -
     assert seller.orders("C") == 0
 
 
+@pytest.mark.parametrize("options", [{"shadow": True}, {"enabled": False}])
+def test_without_protection_nothing_is_sent_twice(seller: Seller, options: Any) -> None:
+    """Where one message failed all run again, and what was published before that is forgotten."""
+
+    def body(names: list[str], session: Session) -> list[Any]:
+        for claim, name in zip(current_claims(), names, strict=True):
+            claim.publish_message(name, to="mail")
+        return [ValueError("no") if name == "B" else "done" for name in names]
+
+    failing(batch_of(seller, body, **options), ["A", "B", "C"])
+    assert [mail.body for mail in seller.mails] == ["A", "C"]
+
+
 def test_the_caller_may_give_the_session(seller: Seller) -> None:
     """A session that the caller passes is used, and left as it was found."""
 
