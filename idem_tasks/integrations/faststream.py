@@ -96,6 +96,10 @@ class IdempotencyMiddleware:
         longest_delay: float = LONGEST_DELAY,
         **options: Any,
     ) -> None:
+        if not (dead_letter is None or dead_letter == "reject" or callable(dead_letter)):
+            raise ConfigurationError(
+                f'dead_letter={dead_letter!r} must be "reject", or async def keep(message, headers), which publishes it'
+            )
         self._identity: dict[str, Any] = {"key": key, "scope": scope, "fingerprint": fingerprint}
         self._settling: dict[str, Any] = {
             "on_error": on_error,
@@ -198,7 +202,11 @@ class _OfMessage(BaseMiddleware[Any, Any]):
         """Run the handler or return its recorded outcome; raise what makes FastStream settle the message."""
         if msg.source_type is SourceType.RESPONSE:  # to a request of ours
             return await call_next(msg)
-        handler = self._common.handler_of(self.context.get_local("handler_"))
+        try:
+            handler = self._common.handler_of(self.context.get_local("handler_"))
+        except ConfigurationError as error:  # by default FastStream rejects a message on an error, which drops it
+            _logger.error("a message of %s comes again, for it cannot be handled: %s", self._origin(), error)  # noqa: TRY400 - where it stands says nothing
+            raise await _later(msg, self._common.longest_delay) from error
         try:
             if handler.claims:
                 _call_next.set(partial(self._noticing_ack, call_next))
