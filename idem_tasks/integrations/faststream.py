@@ -202,11 +202,7 @@ class _OfMessage(BaseMiddleware[Any, Any]):
         """Run the handler or return its recorded outcome; raise what makes FastStream settle the message."""
         if msg.source_type is SourceType.RESPONSE:  # to a request of ours
             return await call_next(msg)
-        try:
-            handler = self._common.handler_of(self.context.get_local("handler_"))
-        except ConfigurationError as error:  # by default FastStream rejects a message on an error, which drops it
-            _logger.error("a message of %s comes again, for it cannot be handled: %s", self._origin(), error)  # noqa: TRY400 - where it stands says nothing
-            raise await _later(msg, self._common.longest_delay) from error
+        handler = self._common.handler_of(self.context.get_local("handler_"))
         try:
             if handler.claims:
                 _call_next.set(partial(self._noticing_ack, call_next))

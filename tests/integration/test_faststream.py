@@ -17,7 +17,7 @@ from faststream.nats import JStream, NatsBroker, PullSub
 from faststream.rabbit import RabbitBroker, RabbitMessage, RabbitQueue
 from kombu import Connection
 
-from idem_tasks import ConfigurationError, Event, Idempotency, MemoryStore, idempotent_batch, idempotent_task
+from idem_tasks import ConfigurationError, Event, Idempotency, MemoryStore, idempotent_task
 from idem_tasks.integrations.faststream import IdempotencyMiddleware, Message
 
 pytestmark = pytest.mark.asyncio
@@ -322,24 +322,6 @@ async def test_messages_that_are_acknowledged_early_are_warned_of(shop: Shop, ca
         await broker.publish("A-1", shop.queue, message_id="m-1")
         await until(lambda: bool(shop.begun))
     assert any("AckPolicy.NACK_ON_ERROR" in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
-
-
-async def test_a_handler_that_cannot_be_called_loses_no_message(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
-    """FastStream would reject it, and RabbitMQ then drop it: it comes again, and the log says why."""
-    broker = shop.broker(longest_delay=0.1)
-
-    @broker.subscriber(shop.queue)
-    @idempotent_batch(key="{message}", idempotency=shop.idem)
-    async def charge(order: list[str]) -> list[str]:
-        return order
-
-    async with broker:
-        await broker.start()
-        await broker.publish("A-1", shop.queue, message_id="m-1")
-        await until(lambda: caplog.text.count("comes again, for it cannot be handled") >= 2)
-    assert "take @idempotent_task" in caplog.text
-    async with RabbitBroker(shop.url, logger=None) as other:
-        assert await take(other, shop.queue) == b"A-1"
 
 
 async def test_a_wrong_option_is_an_error_at_once() -> None:
