@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from idem_tasks.errors import ConfigurationError
+
 _INTEGRATIONS = {name: f"idem_tasks.integrations.{name}" for name in ("celery", "dramatiq", "taskiq")}
 
 
@@ -88,9 +90,17 @@ def runs(outer: Any, function: Callable[..., Any]) -> bool:
 
 _MAX_WRAPPERS = 50
 
+SETTLES_MESSAGES = "settles_messages"
+"""The attribute by which the callback of a consumer is known; it is True."""
+
 
 def refuse_wrong_order(target: object) -> None:
     """Raise `ConfigurationError` if `target` is a framework's object, which has to be made of the decorated one."""
+    if getattr(target, SETTLES_MESSAGES, False) is True:
+        raise ConfigurationError(
+            "this is a callback that settles messages: put the decorator under @idempotent_callback, or give its "
+            "keywords to that; over it, a duplicate would be replayed and its message never settled"
+        )
     _load_integrations()
     for refusal in _refusals:
         refusal(target)

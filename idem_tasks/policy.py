@@ -115,7 +115,8 @@ class Policy:
         unknown = changes.keys() - FIELD_NAMES
         if unknown:
             raise ConfigurationError(
-                f"unknown policy field: {', '.join(sorted(unknown))}; known: {', '.join(sorted(FIELD_NAMES))}"
+                f"unknown keyword: {', '.join(sorted(unknown))}; it is no field of Policy, which has: "
+                f"{', '.join(sorted(FIELD_NAMES))}"
             )
         return dataclasses.replace(self, **changes) if changes else self
 

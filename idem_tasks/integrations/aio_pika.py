@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 from weakref import WeakKeyDictionary
 
 from aio_pika.abc import AbstractIncomingMessage
+from aio_pika.exceptions import MessageProcessError
 from aiormq.abc import AbstractChannel, AbstractConnection
 from aiormq.exceptions import ChannelInvalidStateError, PublishError
 from pamqp.commands import Basic
@@ -126,6 +127,7 @@ def idempotent_callback(
 
         closing: Any = callback  # a function: aio-pika awaits nothing else
         closing.close = consumer.close
+        closing.settles_messages = True
         return cast(Callback, closing)
 
     return decorate
@@ -183,6 +185,12 @@ class _Consumer:
     async def _acknowledge(self, message: AbstractIncomingMessage) -> None:
         try:
             await message.ack()
+        except (MessageProcessError, TypeError):  # their texts quote the message
+            _logger.error(  # noqa: TRY400 - where it stands says nothing
+                "a message of %s was settled before its outcome was recorded, by its handler or by no_ack=True, and is "
+                "lost if its consumer dies in between: leave ack(), reject() and process() to the callback",
+                self._roads.queue,
+            )
         except Exception as error:  # noqa: BLE001 - its connection was cut, however that shows
             _logger.warning(
                 "a message of %s could not be acknowledged, and is delivered again: %r", self._roads.queue, error
@@ -219,7 +227,7 @@ class _Consumer:
         except (Exception, asyncio.CancelledError) as error:
             if _is_cancelled():
                 raise
-            _logger.error("a message of %s could not be published again: %r", self._roads.queue, error)  # noqa: TRY400 - where it stands says nothing
+            self._roads.log_not_published(made, error)
             return False
         return True
 

@@ -32,6 +32,7 @@ from idem_tasks.integrations.kafka_handling import (
     handling_for,
     log_not_delivered,
     logger,
+    topic_names,
 )
 from idem_tasks.integrations.kafka_partitions import Partition, Partitions, Place, Taken
 from idem_tasks.integrations.settling import LONGEST_DELAY, Acknowledge, DeadLetter, OnError, PutBack
@@ -135,10 +136,13 @@ class IdempotentConsumer:
         """
         if self._has_begun:
             raise ConfigurationError("this consumer has run already: make another one")
+        names = topic_names(topics)
+        if self._client.subscription():
+            raise ConfigurationError("the AIOKafkaConsumer has topics already: make it without, and give them to run()")
         self._has_begun = True
         try:
             await self._client.start()
-            self._client.subscribe(list(topics), listener=_Listener(self._assigned, self._revoked))
+            self._client.subscribe(names, listener=_Listener(self._assigned, self._revoked))
             commit_at = time.monotonic() + self._commit_every
             while not (self._is_stopping or should_stop()):
                 await self._fetch()

@@ -35,6 +35,7 @@ from idem_tasks.integrations.kafka_handling import (
     handling_for,
     log_not_delivered,
     logger,
+    topic_names,
 )
 from idem_tasks.integrations.kafka_partitions import Partition, Partitions, Place, Taken
 from idem_tasks.integrations.settling import LONGEST_DELAY, Acknowledge, DeadLetter, OnError, PutBack
@@ -166,9 +167,10 @@ class IdempotentConsumer:
         """
         if self._stopping.is_set():
             raise ConfigurationError("this consumer has ended: make another one")
+        names = topic_names(topics)
         client = self._client = self._given or Consumer({"on_commit": self._hear_of_commit, **(self._config or {})})
         try:
-            client.subscribe(list(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+            client.subscribe(names, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
             commit_at = time.monotonic() + self._commit_every
             while not (self._stopping.is_set() or should_stop()):
                 self._fetch()

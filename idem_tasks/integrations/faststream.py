@@ -96,6 +96,10 @@ class IdempotencyMiddleware:
         longest_delay: float = LONGEST_DELAY,
         **options: Any,
     ) -> None:
+        if not (dead_letter is None or dead_letter == "reject" or callable(dead_letter)):
+            raise ConfigurationError(
+                f'dead_letter={dead_letter!r} must be "reject", or async def keep(message, headers), which publishes it'
+            )
         self._identity: dict[str, Any] = {"key": key, "scope": scope, "fingerprint": fingerprint}
         self._settling: dict[str, Any] = {
             "on_error": on_error,

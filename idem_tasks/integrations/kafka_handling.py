@@ -155,6 +155,13 @@ def check_batches(batch_size: int, batch_wait: float, buffer: int) -> None:
         raise ConfigurationError("batch_size must be 1 or more, and no more than buffer; batch_wait 0 seconds or more")
 
 
+def topic_names(topics: Iterable[str]) -> list[str]:
+    """Return the topics to consume; refuse one text, which would be taken for a topic of each of its letters."""
+    if isinstance(topics, str):
+        raise ConfigurationError(f"run() takes a list of topics: run([{topics!r}])")
+    return list(topics)
+
+
 def _default_key(origin: Origin) -> str:
     return key_in_headers(dict(origin.headers)) or origin.text
 

@@ -133,6 +133,8 @@ class _Delivery:
 class IdempotentCallback:
     """A callback of one consumer, whose loop calls `on_iteration` too; it may outlive that one's connection."""
 
+    settles_messages = True
+
     def __init__(self, handler: MessageHandler, roads: Roads) -> None:
         self.handler = handler
         self._roads = roads
@@ -205,7 +207,7 @@ class IdempotentCallback:
                 **properties,
             )
         except Exception as error:  # noqa: BLE001 - whatever it is, the message must stay
-            _logger.error("a message of %s could not be published again: %r", self._roads.queue, error)  # noqa: TRY400 - where it stands says nothing
+            self._roads.log_not_published(made, error)
             delivery.count += 1
             self._after(PAUSE_AFTER_REFUSAL, partial(self._again, delivery))
         else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from nats.aio.msg import Msg
-from nats.errors import Error as NatsError
+from nats.errors import Error as NatsError, MsgAlreadyAckdError
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerInfo, Header
 
@@ -168,6 +168,8 @@ class _Callback:
         finally:
             delivery.let_go()
 
+    receive.settles_messages = True  # type: ignore[attr-defined]
+
     async def _run_and_settle(self, delivery: _Delivery, count: int) -> float | None:
         """Return None once the message is settled; else the seconds after which this delivery has to run again."""
         error: Exception | None = None
@@ -262,6 +264,8 @@ class _Delivery:
         self.is_settled = True
         try:
             await self.message.ack_sync(timeout=CONFIRM_TIMEOUT)
+        except MsgAlreadyAckdError:
+            self._log_settled_by_handler()
         except (NatsError, TimeoutError) as error:
             _logger.warning("an acknowledgement was not confirmed, and its message may be replayed: %r", error)
 
@@ -273,9 +277,19 @@ class _Delivery:
         self.is_settled = True
         try:
             await self.message.nak(delay=delay)
+        except MsgAlreadyAckdError:
+            self._log_settled_by_handler()
         except NatsError as error:
             _logger.warning("a message could not be put back; it comes again after its ack_wait: %r", error)
         return None
+
+    def _log_settled_by_handler(self) -> None:
+        """Log what the client's error says, which quotes the message with its body."""
+        _logger.error(
+            "the handler of a message of %s settled it itself, before its outcome was recorded; it does not come "
+            "again: leave ack(), nak() and term() to the callback",
+            self.message.subject,
+        )
 
 
 def _checked(info: ConsumerInfo, *, needs_name: bool) -> _Consumer:

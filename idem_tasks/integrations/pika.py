@@ -132,6 +132,8 @@ class IdempotentCallback:
     recorded, and the message that is delivered again gets that.
     """
 
+    settles_messages = True
+
     def __init__(self, handler: MessageHandler, roads: Roads, workers: int) -> None:
         self.handler = handler
         self._roads = roads
@@ -235,7 +237,7 @@ class IdempotentCallback:
             publisher = self._publisher_of(delivery.connection)
             publisher.basic_publish(made.exchange, made.routing_key, delivery.body, properties, mandatory=True)
         except Exception as error:  # noqa: BLE001 - whatever it is, the message must stay
-            _logger.error("a message of %s could not be published again: %r", self._roads.queue, error)  # noqa: TRY400 - where it stands says nothing
+            self._roads.log_not_published(made, error)
             if delivery.connection.is_open:
                 delivery.count += 1
                 delivery.connection.call_later(PAUSE_AFTER_REFUSAL, partial(self._begin, delivery))

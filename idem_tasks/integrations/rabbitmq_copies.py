@@ -8,12 +8,15 @@ it counts a reject, and drops the message beyond that (F40).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from idem_tasks.errors import ConfigurationError, InvalidKeyError
 from idem_tasks.integrations.settling import COUNT_HEADER, DeadLetter, PutBack, key_in_headers
+
+_logger = logging.getLogger("idem_tasks")
 
 CONSUMER_TIMEOUT = 1800.0
 """Seconds for which RabbitMQ lets a consumer hold a message: its default `consumer_timeout` since 3.8.17."""
@@ -85,6 +88,14 @@ class Roads:
             return Copy("", self.queue, {**kept, COUNT_HEADER: settlement.count}, expires=True)
         assert self._exchange is not None, "without a road a message is put back"
         return Copy(self._exchange, self._routing_key, {**kept, **settlement.headers}, expires=False)
+
+    def log_not_published(self, made: Copy, error: BaseException) -> None:
+        """Say which copy the broker did not take, and where it should have gone."""
+        _logger.error(
+            "a message of %s could not be published to the exchange %r under %r, which has to lead to a queue; it is "
+            "held, and tried again: %r",
+            self.queue, made.exchange, made.routing_key, error,
+        )  # fmt: skip
 
     def scope(self, *_: object) -> str:
         """The default scope of its messages: the name of the queue."""

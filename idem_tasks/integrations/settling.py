@@ -133,8 +133,8 @@ class MessageHandler:
         self.task: IdempotentFunction = idempotency_of(self.function)
         self._code = _code_of(self.task.function)
         if self.task.asynchronous != (runtime == "asyncio"):
-            needed, given = ("async def", "def") if runtime == "asyncio" else ("def", "async def")
-            raise ConfigurationError(f"{_name(handler)} is a plain {given}, and this consumer runs {needed} handlers")
+            needed, given = ("async def", "a plain def") if runtime == "asyncio" else ("plain def", "an async def")
+            raise ConfigurationError(f"{_name(handler)} is {given}, and this consumer runs {needed} handlers")
 
     def settle(
         self,

@@ -326,6 +326,8 @@ async def test_messages_that_are_acknowledged_early_are_warned_of(shop: Shop, ca
 
 async def test_a_wrong_option_is_an_error_at_once() -> None:
     """Not at the first message."""
+    with pytest.raises(ConfigurationError, match="dead_letter='drop' must be"):
+        IdempotencyMiddleware(dead_letter="drop")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="on_error"):
         IdempotencyMiddleware(on_error="ignore")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError):

@@ -324,6 +324,24 @@ async def test_what_cannot_be_put_back_comes_again_by_itself(
     assert shop.begun == ["A-1"]
 
 
+@pytest.mark.parametrize("raises", [False, True])
+async def test_a_message_that_its_handler_settled_is_told_without_its_content(
+    shop: Shop, caplog: pytest.LogCaptureFixture, raises: bool
+) -> None:
+    """The log says what to leave out, and does not quote the message, as the client's error does."""
+
+    async def charge(message: Msg) -> None:
+        await message.ack()
+        if raises:
+            raise ValueError
+
+    await shop.begin(shop.callback(charge))
+    await shop.publish("very secret")
+    await until(lambda: "leave ack(), nak() and term() to the callback" in caplog.text)
+    assert "very secret" not in caplog.text
+    await until_async(shop.left, (0, 0))
+
+
 async def test_what_cannot_be_done_is_a_dead_letter_with_its_reason(shop: Shop) -> None:
     """A poisonous message is put back until its attempts are used up, then kept where a person finds it."""
 

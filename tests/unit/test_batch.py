@@ -954,7 +954,7 @@ def test_a_handler_takes_one_list(handler: Any, said: str | None) -> None:
         ({"key": "{order}"}, "not a parameter"),
         ({"key": "{message[id]}", "fingerprint": "arguments"}, '"message"'),
         ({"key": "{message[id]}", "fingerprint": ["id"]}, "callable of one message"),
-        ({"key": "{message[id]}", "leese": 5}, "unknown policy field"),
+        ({"key": "{message[id]}", "leese": 5}, "unknown keyword: leese"),
     ],
 )
 def test_what_cannot_work_is_refused_at_decoration(options: Any, said: str) -> None:

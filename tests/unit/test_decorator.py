@@ -306,7 +306,7 @@ def test_all_ways_to_pass_an_argument_are_one_call() -> None:
         ({"key": "constant"}, "names no parameter"),
         ({"key": ""}, "empty"),
         ({"lease": -1}, "lease"),
-        ({"leese": 60}, "unknown policy field: leese"),
+        ({"leese": 60}, "unknown keyword: leese; it is no field of Policy"),
         ({"on_duplicate": "ignore"}, "on_duplicate"),
         ({"fingerprint": ["amunt"]}, "amunt"),
         ({"scope": "{nothing}"}, "nothing"),

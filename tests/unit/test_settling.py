@@ -300,7 +300,7 @@ def test_a_handler_of_the_other_runtime_is_refused(make: MakeHandler) -> None:
 
     async def work(body: str) -> None: ...
 
-    with pytest.raises(ConfigurationError, match="work is a plain async def, and this consumer runs def handlers"):
+    with pytest.raises(ConfigurationError, match="work is an async def, and this consumer runs plain def handlers"):
         make(work)
     with pytest.raises(ConfigurationError, match="handled is a plain def, and this consumer runs async def handlers"):
         MessageHandler(handled, runtime="asyncio", key="{body}", scope="s", fingerprint=None)
