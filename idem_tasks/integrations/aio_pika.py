@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from aio_pika.abc import AbstractIncomingMessage
 from aiormq.abc import AbstractChannel, AbstractConnection
-from aiormq.exceptions import ChannelInvalidStateError, PublishError
+from aiormq.exceptions import ChannelInvalidStateError, DeliveryError
 from pamqp.commands import Basic
 
 from idem_tasks.integrations.rabbitmq_copies import (
@@ -255,10 +255,13 @@ class _Publisher:
             try:
                 async with asyncio.timeout(CONFIRM_TIMEOUT):
                     await self._publish(connection, made, properties, body)
-            except PublishError:
-                raise  # returned, and the channel is as good as before
-            except BaseException:
-                self._channel = None  # a confirmation may still come, and be taken for the next one's
+            except DeliveryError:
+                raise  # returned or refused, and the channel is as good as before
+            except BaseException as error:
+                channel, self._channel = self._channel, None  # a confirmation may still come, as if for the next one
+                if channel is not None and isinstance(error, Exception):
+                    with contextlib.suppress(Exception):  # a connection has no more than 2,047 of them
+                        await channel.close(timeout=CONFIRM_TIMEOUT)
                 raise
 
     async def _publish(
