@@ -225,12 +225,10 @@ def test_what_keeps_a_handler_from_being_called_is_logged(
     """A message that comes again for ever tells why: a handler of other arguments, a key that cannot be taken."""
     given: dict[str, Any] = {"key": lambda body: body, "scope": "orders", "fingerprint": None, **options}
     handler = MessageHandler(work, runtime="blocking", idempotency=Idempotency(store=MemoryStore()), **given)
+    with pytest.raises((TypeError, KeyError)) as raised:
+        handler.function("A-2")
     with caplog.at_level(logging.ERROR, "idem_tasks"):
-        try:
-            handler.function("A-2")
-        except Exception as error:  # noqa: BLE001 - as a consumer does
-            settled = handler.settle(error, 0, "orders", ("A-2",), {})
-    assert isinstance(settled, PutBack)
+        assert isinstance(handler.settle(raised.value, 0, "orders", ("A-2",), {}), PutBack)
     [record] = caplog.records
     assert record.message == "the handler of a message of orders could not be called"
     assert record.exc_info
