@@ -32,9 +32,9 @@ async def test_copies_that_are_refused_do_not_use_up_the_channels(
             many.set()
         return ""  # no key, so that it is a dead letter
 
-    road = {"dead_letter_exchange": "", "dead_letter_routing_key": queues.dead}
-
-    @of_aio_pika.idempotent_callback(queue=queues.name, key=key, idempotency=idem, **road)
+    @of_aio_pika.idempotent_callback(
+        queue=queues.name, key=key, idempotency=idem, dead_letter_exchange="", dead_letter_routing_key=queues.dead
+    )
     async def on_message(message: AbstractIncomingMessage) -> None:
         """Is never called."""
 
@@ -44,6 +44,7 @@ async def test_copies_that_are_refused_do_not_use_up_the_channels(
         queue = await (await connection.channel()).get_queue(queues.name)
         await queue.consume(on_message)
         await asyncio.wait_for(many.wait(), 20)
+        assert connection.transport is not None
         assert len(connection.transport.connection.channels) <= 4
     finally:
         await connection.close()
