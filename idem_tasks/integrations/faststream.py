@@ -7,6 +7,7 @@ returned it, so that its reply and its publishers are sent again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -199,7 +200,11 @@ class _OfMessage(BaseMiddleware[Any, Any]):
         """Run the handler or return its recorded outcome; raise what makes FastStream settle the message."""
         if msg.source_type is SourceType.RESPONSE:  # to a request of ours
             return await call_next(msg)
-        handler = self._common.handler_of(self.context.get_local("handler_"))
+        try:
+            handler = self._common.handler_of(self.context.get_local("handler_"))
+        except ConfigurationError as error:  # FastStream rejects a message for it, and RabbitMQ would drop that
+            _logger.error("a message of %s could not be handled: %s", self._origin(), error)  # noqa: TRY400 - it says all
+            raise await _later(msg, self._common.longest_delay) from error
         _current.set(_Host(handler.settling.function, msg.message_id))
         try:
             _refuse_batch(msg)
@@ -218,6 +223,10 @@ class _OfMessage(BaseMiddleware[Any, Any]):
             raise
         except Exception as error:
             raise await self._settled(handler.settling, msg, error) from error
+        except BaseException:  # a cancellation, for which FastStream 0.6 would reject the message
+            with contextlib.suppress(Exception):  # its connection is gone: it comes again then
+                await msg.nack()
+            raise
         self._has_outcome = True
         self._common.forget(msg)
         if self._acknowledged is not None:

@@ -275,6 +275,50 @@ async def test_a_nack_of_the_handlers_own_says_that_nothing_has_happened(shop: S
     assert len(shop.begun) == 3
 
 
+async def test_a_cancelled_handler_gives_its_message_back(shop: Shop) -> None:
+    """FastStream 0.6 would reject it, which RabbitMQ drops, and later ones would keep it from others."""
+    broker = shop.broker()
+    running: list[Any] = []
+
+    @broker.subscriber(shop.queue)
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+        if len(shop.begun) == 1:
+            running.append(asyncio.current_task())
+            await asyncio.Event().wait()
+
+    async with broker:
+        await broker.start()
+        await broker.publish("A-1", shop.queue, message_id="m-1")
+        await until(lambda: bool(running))
+        running[0].cancel()
+        await until(lambda: "completed" in shop.names())
+    assert shop.begun == ["A-1", "A-1"]
+
+
+async def test_handlers_that_do_not_agree_lose_no_message(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    """Of one subscriber some are decorated and some are not: its messages come again, and the log says why."""
+    broker = shop.broker(longest_delay=0.1)
+    subscriber = broker.subscriber(shop.queue)
+
+    @subscriber(filter=lambda message: message.content_type == "text/plain")
+    @idempotent_task(key="{order}", idempotency=shop.idem)
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+
+    @subscriber
+    async def refund(order: str) -> None:
+        shop.begun.append(order)
+
+    async with broker:
+        await broker.start()
+        await broker.publish("A-1", shop.queue, message_id="m-1")
+        await until(lambda: caplog.text.count("decorate all or none") >= 2)
+    assert shop.begun == []
+    async with RabbitBroker(shop.url, logger=None) as another:
+        assert await take(another, shop.queue) == b"A-1"
+
+
 async def test_an_ack_under_a_decorator_of_its_own_is_told_of(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """The decorator cannot tell it from a failure, so nothing is recorded, and the log says what to do."""
     broker = shop.broker()
