@@ -223,6 +223,8 @@ class _OfMessage(BaseMiddleware[Any, Any]):
             raise
         except Exception as error:
             raise await self._settled(handler.settling, msg, error) from error
+        except GeneratorExit:  # the event loop is gone: nothing can be awaited
+            raise
         except BaseException:  # a cancellation, for which FastStream 0.6 would reject the message
             with contextlib.suppress(Exception):  # its connection is gone: it comes again then
                 await msg.nack()

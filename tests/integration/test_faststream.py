@@ -11,8 +11,9 @@ from typing import Any
 import nats
 import pytest
 import pytest_asyncio
-from faststream import AckPolicy, BaseMiddleware
+from faststream import AckPolicy, BaseMiddleware, ContextRepo
 from faststream.exceptions import AckMessage, NackMessage, RejectMessage
+from faststream.message import StreamMessage
 from faststream.nats import JStream, NatsBroker, PullSub
 from faststream.rabbit import RabbitBroker, RabbitMessage, RabbitQueue
 from kombu import Connection
@@ -294,6 +295,31 @@ async def test_a_cancelled_handler_gives_its_message_back(shop: Shop) -> None:
         running[0].cancel()
         await until(lambda: "completed" in shop.names())
     assert shop.begun == ["A-1", "A-1"]
+
+
+async def test_a_handler_whose_loop_is_gone_ends_quietly(shop: Shop) -> None:
+    """Nothing can be awaited any more, neither by the decorator nor by the middleware."""
+    broker = shop.broker()
+    running: list[Any] = []
+
+    @broker.subscriber(shop.queue)
+    async def charge(order: str) -> None:
+        running.append(order)
+        await asyncio.Event().wait()
+
+    [call] = broker.subscribers[0].calls
+    middleware = IdempotencyMiddleware(idempotency=shop.idem)
+    context = ContextRepo()
+    message = StreamMessage[Any](None, b"A-1", message_id="m-1", headers={"Idempotency-Key": "k-1"})
+
+    async def call_next(_: Any) -> None:
+        await call.handler._original_call("A-1")
+
+    with context.scope("handler_", broker.subscribers[0]):
+        coroutine = middleware(None, context=context).consume_scope(call_next, message)
+        coroutine.send(None)
+        assert running == ["A-1"]
+        coroutine.close()
 
 
 async def test_handlers_that_do_not_agree_lose_no_message(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
