@@ -83,8 +83,14 @@ class IdempotencyMiddleware(TaskiqMiddleware):
             )
         if self._delay_label is not None and COUNT_HEADER in message.labels:
             message.labels.pop(self._delay_label, None)  # of that put-back, and not of what a retry sends
-        _current.set(_Delivery(self.broker, message.model_copy(deep=True)))
+        _current.set(_Delivery(self.broker, message.model_copy(deep=True), outside=_current.get()))
         return message
+
+    def post_execute(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
+        """Remember the message again whose handler sent this one, where a broker in memory ran it at once."""
+        delivery = _current.get()
+        if delivery is not None:
+            _current.set(delivery.outside)
 
     async def on_error(self, message: TaskiqMessage, result: TaskiqResult[Any], exception: BaseException) -> None:
         """Send a message again that its host gave back; Taskiq acknowledges it after this, whatever was raised."""
@@ -131,6 +137,7 @@ class _Delivery:
 
     broker: AsyncBroker
     message: TaskiqMessage
+    outside: _Delivery | None
     is_taken: bool = False  # a handler that calls itself is within the one delivery, which its outermost call settles
     given_back: tuple[BaseException, Callable[..., None]] | None = None
     process: int = field(default_factory=os.getpid)

@@ -21,7 +21,16 @@ from taskiq.api import run_receiver_task
 from taskiq.result_backends.dummy import DummyResultBackend
 from taskiq_aio_pika import AioPikaBroker
 
-from idem_tasks import ConfigurationError, Event, Idempotency, MemoryStore, Policy, idempotency_of, idempotent_task
+from idem_tasks import (
+    ConfigurationError,
+    Event,
+    Idempotency,
+    MemoryStore,
+    Policy,
+    StoreUnavailableError,
+    idempotency_of,
+    idempotent_task,
+)
 from idem_tasks.integrations.taskiq import IdempotencyMiddleware
 from tests.integration.processes import process
 from tests.services.waiting import wait_until
@@ -315,6 +324,27 @@ async def test_what_is_put_back_is_not_retried_too(shop: Shop) -> None:
             claim.complete("charged A-1")
             await until(lambda: bool(shop.saved))
     assert shop.names().count("replayed") == 1
+
+
+async def test_a_handler_may_send_what_a_broker_in_memory_runs_at_once(shop: Shop) -> None:
+    """It is put back all the same when it has to come again, and not what it sent."""
+    broker = InMemoryBroker(await_inplace=True)
+    broker.add_middlewares(IdempotencyMiddleware(longest_delay=0.1))
+
+    async def note(order: str) -> None:
+        shop.begun.append(f"noted {order}")
+
+    noted = broker.task(task_name="note")(note)
+
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+        await noted.kiq(order)
+        if shop.begun.count(order) == 1:
+            raise StoreUnavailableError("of a nested call")
+
+    decorate = idempotent_task(key="{order}", idempotency=shop.idem, fingerprint=None)
+    await broker.task(task_name="charge")(decorate(charge)).kiq("A-1")
+    assert shop.begun == ["A-1", "noted A-1"] * 2
 
 
 async def test_a_middleware_that_retries_has_to_come_first(shop: Shop) -> None:
