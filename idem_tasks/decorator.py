@@ -136,7 +136,7 @@ def _asyncio_wrapper(task: IdempotentFunction) -> Callable[..., Coroutine[Any, A
         try:
             return await task.perform(delivery, args, kwargs)
         except BaseException as error:
-            if host is None:
+            if host is None or isinstance(error, GeneratorExit):  # the event loop is gone: nothing can be awaited
                 raise
             settled = await asyncio.to_thread(host.settle, error, delivery.announce)
             if settled is error:

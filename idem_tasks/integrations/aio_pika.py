@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from aio_pika.abc import AbstractIncomingMessage
 from aio_pika.exceptions import MessageProcessError
 from aiormq.abc import AbstractChannel, AbstractConnection
-from aiormq.exceptions import ChannelInvalidStateError, PublishError
+from aiormq.exceptions import ChannelInvalidStateError, DeliveryError
 from pamqp.commands import Basic
 
 from idem_tasks.integrations.rabbitmq_copies import (
@@ -217,7 +217,7 @@ class _Consumer:
     ) -> bool:
         """Publish the message once more; False if the broker may not have the copy."""
         made, properties = self._roads.copy(settlement, properties.headers), copy.copy(properties)
-        properties.headers, properties.delivery_mode = made.headers, _PERSISTENT
+        properties.headers, properties.delivery_mode = _writable(made.headers), _PERSISTENT
         if not properties.message_id:  # aiormq gives one to what it publishes, another each time
             properties.headers[WITHOUT_ID_HEADER] = True
         if not made.expires:
@@ -236,6 +236,18 @@ class _Consumer:
         if found is None:
             found = self._publishers[connection] = _Publisher()
         return found
+
+
+def _writable(header: Any) -> Any:
+    """Return a header as pamqp writes it: it reads bytes from a text that is not UTF-8, and writes a bytearray only."""
+    match header:
+        case bytes():
+            return bytearray(header)
+        case dict():
+            return {name: _writable(value) for name, value in header.items()}
+        case list():
+            return [_writable(value) for value in header]
+    return header
 
 
 def _is_cancelled() -> bool:
@@ -263,10 +275,14 @@ class _Publisher:
             try:
                 async with asyncio.timeout(CONFIRM_TIMEOUT):
                     await self._publish(connection, made, properties, body)
-            except PublishError:
-                raise  # returned, and the channel is as good as before
-            except BaseException:
-                self._channel = None  # a confirmation may still come, and be taken for the next one's
+            except DeliveryError:
+                raise  # returned or refused, and the channel is as good as before
+            except BaseException as error:
+                channel, self._channel = self._channel, None  # a confirmation may still come, as if for the next one
+                if channel is not None and isinstance(error, Exception):
+                    with contextlib.suppress(Exception):  # a connection has no more than 2,047 of them
+                        async with asyncio.timeout(CONFIRM_TIMEOUT):
+                            await channel.close()
                 raise
 
     async def _publish(

@@ -7,6 +7,7 @@ returned it, so that its reply and its publishers are sent again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from faststream import AckPolicy, BaseMiddleware, ContextRepo
 from faststream.exceptions import AckMessage, HandlerException, IgnoredException, NackMessage, RejectMessage
 from faststream.message import SourceType, StreamMessage
 
+from idem_tasks import hosts
 from idem_tasks.decorator import idempotency_of
 from idem_tasks.errors import ConfigurationError
 from idem_tasks.integrations.settling import (
@@ -202,17 +204,35 @@ class _OfMessage(BaseMiddleware[Any, Any]):
         """Run the handler or return its recorded outcome; raise what makes FastStream settle the message."""
         if msg.source_type is SourceType.RESPONSE:  # to a request of ours
             return await call_next(msg)
-        handler = self._common.handler_of(self.context.get_local("handler_"))
         try:
+            handler = self._common.handler_of(self.context.get_local("handler_"))
+        except ConfigurationError as error:  # FastStream rejects a message for it, and RabbitMQ would drop that
+            _logger.error("a message of %s could not be handled: %s", self._origin(), error)  # noqa: TRY400 - it says all
+            raise await _later(msg, self._common.longest_delay) from error
+        _current.set(_Host(handler.settling.function, msg.message_id))
+        try:
+            _refuse_batch(msg)
             if handler.claims:
                 _call_next.set(partial(self._noticing_ack, call_next))
                 value = await handler.settling.function(msg)
             else:
                 value = await call_next(msg)
-        except IgnoredException:  # the handler's own Nack, Reject or stop
+        except IgnoredException as own:  # the handler's own Nack, Reject or stop
+            if isinstance(own, AckMessage):
+                _logger.error(  # noqa: TRY400 - where it was raised says nothing
+                    "a handler of %s raised AckMessage under its own @idempotent_task, so that no outcome is recorded "
+                    "and a duplicate runs again: let it return instead, or leave the decorator to the middleware",
+                    self._origin(),
+                )
             raise
         except Exception as error:
             raise await self._settled(handler.settling, msg, error) from error
+        except GeneratorExit:  # the event loop is gone: nothing can be awaited
+            raise
+        except BaseException:  # a cancellation, for which FastStream 0.6 would reject the message
+            with contextlib.suppress(Exception):  # its connection is gone: it comes again then
+                await msg.nack()
+            raise
         self._has_outcome = True
         self._common.forget(msg)
         if self._acknowledged is not None:
@@ -269,6 +289,54 @@ class _OfMessage(BaseMiddleware[Any, Any]):
             await asyncio.sleep(FIRST_DELAY)
             raise NackMessage from exc_val
         return False
+
+
+class _Host:
+    """One delivery of a FastStream message, seen from what claims its key; the middleware settles it."""
+
+    scope: str | None = None
+    framework_argument = False
+
+    def __init__(self, function: Callable[..., Any], message: str) -> None:
+        self.function = function
+        self.message = message
+        """Its id."""
+
+    def is_failure(self, error: BaseException) -> bool:
+        """Tell a handler's failure from what it says to FastStream."""
+        return not isinstance(error, IgnoredException)
+
+    def proves_no_effect(self, error: BaseException) -> bool:
+        """Tell whether the handler asked for another delivery."""
+        return isinstance(error, NackMessage)
+
+    def settle(self, error: BaseException, announce: Callable[..., None]) -> BaseException:
+        """Leave it to the middleware."""
+        return error
+
+
+_current: ContextVar[_Host | None] = ContextVar("idem_tasks_faststream_host", default=None)
+
+
+def _find_host(function: Callable[..., Any]) -> _Host | None:
+    host = _current.get()
+    return host if host is not None and hosts.runs(host.function, function) else None
+
+
+def _refuse_nothing(target: object) -> None:
+    """A subscriber under the decorator is called by FastStream all the same, with the middleware around it."""
+
+
+hosts.register(_find_host, _refuse_nothing)
+
+
+def _refuse_batch(msg: Message) -> None:
+    """Raise `ConfigurationError` for a batch: it has the headers of its first message, and so that one's key."""
+    if msg.batch_headers or isinstance(msg.raw_message, list | tuple):
+        raise ConfigurationError(
+            "IdempotencyMiddleware takes one message a call, and this subscriber takes batches: subscribe without "
+            "batch=True, or give such subscribers a broker or a router without the middleware"
+        )
 
 
 _ORIGINS = ("queue", "topic", "subject", "stream", "channel", "list")

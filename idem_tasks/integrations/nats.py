@@ -206,6 +206,14 @@ class _Callback:
                 place,
             )
             return False
+        if message.subject == self._dead_letter_subject:  # each would make another, as fast as the server can
+            _logger.error(
+                "%s is a dead letter, and its consumer takes those too: give the consumer a filter_subject without %s, "
+                "or another dead_letter_subject= to idempotent_callback",
+                place,
+                message.subject,
+            )
+            return False
         own = {name: value for name, value in (message.headers or {}).items() if not name.lower().startswith("nats-")}
         # Published once more under its own headers the message has the same key, also where that was its place.
         headers = own if key_in_headers(own) else own | {"Idempotency-Key": message_key(message)}

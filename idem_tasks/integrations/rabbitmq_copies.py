@@ -22,7 +22,7 @@ CONSUMER_TIMEOUT = 1800.0
 """Seconds for which RabbitMQ lets a consumer hold a message: its default `consumer_timeout` since 3.8.17."""
 
 CONFIRM_TIMEOUT = 10.0
-"""Seconds to wait for the broker's confirmation."""
+"""Seconds to wait for the broker's confirmation; pika waits for as long as its connection does."""
 
 PAUSE_AFTER_REFUSAL = 1.0
 """Seconds before a message whose copy was refused is handled again."""

@@ -30,6 +30,7 @@ from idem_tasks.errors import (
     OutcomeError,
     ParkedError,
     ReplayedFailureError,
+    StoreError,
     comes_again,
 )
 from idem_tasks.events import EventName
@@ -150,10 +151,11 @@ class MessageHandler:
 
         `count` is how often it was put back before, `origin` the queue, topic or subject that it came from; `args`
         and `kwargs` are those of the call. `hold_limit`: seconds for which the broker lets its consumer hold a
-        message; a delay stays below a quarter of it. What a handler raises of its own is logged with its traceback.
+        message; a delay stays below a quarter of it. What a handler raises of its own is logged with its traceback,
+        and so is what kept it from being called, such as a function that takes the key from the message.
         """
-        if error is not None and not isinstance(error, IdemTasksError) and self._raised_by_handler(error):
-            _logger.error("the handler of a message of %s raised", origin, exc_info=error)
+        if error is not None:
+            self._log(error, origin)
         settlement = self._settlement(error, count, origin, min(self._longest_delay, hold_limit * _SHARE_OF_LIMIT))
         match settlement:
             case PutBack(delay, times, reason):
@@ -193,6 +195,16 @@ class MessageHandler:
     def _raised_by_handler(self, error: BaseException) -> bool:
         """Tell what the handler let through, of another call of ours that it made, say, from what we raise for it."""
         return any(frame.f_code is self._code for frame, _ in traceback.walk_tb(error.__traceback__))
+
+    def _log(self, error: BaseException, origin: str) -> None:
+        """Log what nobody else tells; of our own errors the others are announced, or make a dead letter."""
+        if isinstance(error, IdemTasksError):
+            if isinstance(error, ConfigurationError) and not isinstance(error, StoreError):
+                _logger.error("a message of %s could not be handled: %s", origin, error)
+        elif self._raised_by_handler(error):
+            _logger.error("the handler of a message of %s raised", origin, exc_info=error)
+        elif isinstance(error, Exception):
+            _logger.error("the handler of a message of %s could not be called", origin, exc_info=error)
 
     def _announce(self, name: EventName, args: tuple[Any, ...], kwargs: Mapping[str, Any], **details: Any) -> None:
         try:

@@ -18,6 +18,7 @@ from typing import Any
 
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, TaskiqMessage, TaskiqMiddleware, TaskiqResult
 from taskiq.exceptions import NoResultError, TaskRejectedError
+from taskiq.labels import prepare_label
 
 from idem_tasks import hosts
 from idem_tasks.decorator import idempotency_of
@@ -44,10 +45,11 @@ _SEND_TIMEOUT = 10.0
 class IdempotencyMiddleware(TaskiqMiddleware):
     """Sends a message again that is in progress elsewhere or whose outcome could not be recorded.
 
-    `broker.add_middlewares(IdempotencyMiddleware())`. It is sent with its task id and labels, later each time but
-    within `longest_delay` seconds, before this copy is acknowledged; nobody who waits for the task's result is
-    answered. With `delay_label="delay"` the broker keeps it for so long: taskiq-aio-pika with a delay queue or the
-    plugin for delayed messages. Without, the worker holds its copy meanwhile, as one of the tasks that it may run.
+    `broker.add_middlewares(IdempotencyMiddleware())`, after the middlewares that retry. It is sent with its task id and
+    labels, later each time but within `longest_delay` seconds, before this copy is acknowledged; nobody who waits for
+    the task's result is answered. With `delay_label="delay"` the broker keeps it for so long: taskiq-aio-pika with a
+    delay queue or the plugin for delayed messages. Without, the worker holds its copy meanwhile, as one of the tasks
+    that it may run.
     """
 
     def __init__(self, *, longest_delay: float = LONGEST_DELAY, delay_label: str | None = None) -> None:
@@ -57,6 +59,18 @@ class IdempotencyMiddleware(TaskiqMiddleware):
         self._longest_delay = float(longest_delay)
         self._delay_label = delay_label
         self._warned: set[str] = set()
+
+    def startup(self) -> None:
+        """Raise `ConfigurationError` if a middleware that retries was added after this one.
+
+        Taskiq asks the last one first. One that retries would send what this one sends too: each copy makes two.
+        """
+        for middleware in self.broker.middlewares[self.broker.middlewares.index(self) :]:
+            if any("Retry" in kind.__name__ for kind in type(middleware).__mro__):
+                raise ConfigurationError(
+                    f"add IdempotencyMiddleware after {type(middleware).__name__}, which would retry what is in "
+                    "progress, and this sends it again too"
+                )
 
     async def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
         """Remember which message is about to run, as it was before its handler could change it (F18)."""
@@ -69,8 +83,14 @@ class IdempotencyMiddleware(TaskiqMiddleware):
             )
         if self._delay_label is not None and COUNT_HEADER in message.labels:
             message.labels.pop(self._delay_label, None)  # of that put-back, and not of what a retry sends
-        _current.set(_Delivery(self.broker, message.model_copy(deep=True)))
+        _current.set(_Delivery(self.broker, message.model_copy(deep=True), outside=_current.get()))
         return message
+
+    def post_execute(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
+        """Remember the message again whose handler sent this one, where a broker in memory ran it at once."""
+        delivery = _current.get()
+        if delivery is not None:
+            _current.set(delivery.outside)
 
     async def on_error(self, message: TaskiqMessage, result: TaskiqResult[Any], exception: BaseException) -> None:
         """Send a message again that its host gave back; Taskiq acknowledges it after this, whatever was raised."""
@@ -80,14 +100,17 @@ class IdempotencyMiddleware(TaskiqMiddleware):
         error, announce = delivery.given_back or (exception, partial(_announce, delivery, exception))
         if not isinstance(error, PUT_BACK):
             return
-        result.error = NoResultError()  # also where a pool ran the task, and found no host there
+        # Also where a pool ran the task, and found no host there: nobody is answered, and nobody else sends it again.
+        result.error = NoResultError()
+        message.labels["retry_on_error"] = False
         again = later(error, times_put_back(delivery.message.labels), self._longest_delay)
         labels: dict[str, Any] = {COUNT_HEADER: again.count}
         if self._delay_label is None:
             await asyncio.sleep(again.delay)
         else:
             labels[self._delay_label] = again.delay
-        await self._send(delivery.message.model_copy(update={"labels": delivery.message.labels | labels}))
+        labels = {name: _as_sent(value) for name, value in (delivery.message.labels | labels).items()}
+        await self._send(delivery.message.model_copy(update={"labels": labels}))
         announce(EventName.PUT_BACK, count=again.count, delay=round(again.delay, 3), reason=again.reason)
 
     async def _send(self, message: TaskiqMessage) -> None:
@@ -103,12 +126,18 @@ class IdempotencyMiddleware(TaskiqMiddleware):
                 return
 
 
+def _as_sent(label: Any) -> Any:
+    """Return a label as Taskiq sends it: bytes are no JSON; the message has their type still."""
+    return prepare_label(label)[0] if isinstance(label, bytes) else label
+
+
 @dataclass(slots=True)
 class _Delivery:
     """The message that is running here, as it came, and why it has to come again."""
 
     broker: AsyncBroker
     message: TaskiqMessage
+    outside: _Delivery | None
     is_taken: bool = False  # a handler that calls itself is within the one delivery, which its outermost call settles
     given_back: tuple[BaseException, Callable[..., None]] | None = None
     process: int = field(default_factory=os.getpid)

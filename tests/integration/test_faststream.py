@@ -11,8 +11,9 @@ from typing import Any
 import nats
 import pytest
 import pytest_asyncio
-from faststream import AckPolicy, BaseMiddleware
+from faststream import AckPolicy, BaseMiddleware, ContextRepo
 from faststream.exceptions import AckMessage, NackMessage, RejectMessage
+from faststream.message import StreamMessage
 from faststream.nats import JStream, NatsBroker, PullSub
 from faststream.rabbit import RabbitBroker, RabbitMessage, RabbitQueue
 from kombu import Connection
@@ -254,6 +255,111 @@ async def test_what_a_handler_decides_itself_is_done(shop: Shop, decision: type[
     assert len(shop.begun) == (1 if decision is AckMessage else 2)
 
 
+@pytest.mark.parametrize("decorated", [False, True])
+async def test_a_nack_of_the_handlers_own_says_that_nothing_has_happened(shop: Shop, decorated: bool) -> None:
+    """It is no failure, neither to be counted nor recorded, and leaves no doubt; whoever claims the key."""
+    options: dict[str, Any] = {"on_crash": "hold", "record_failures": (Exception,), "max_attempts": 1}
+    broker = shop.broker(**({} if decorated else options))
+
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+        if len(shop.begun) < 3:
+            raise NackMessage
+
+    known: dict[str, Any] = {"key": "{order}", "scope": "orders", "idempotency": shop.idem, **options}
+    handler: Any = idempotent_task(**known)(charge) if decorated else charge
+    broker.subscriber(shop.queue)(handler)
+    async with broker:
+        await broker.start()
+        await broker.publish("A-1", shop.queue, message_id="m-1")
+        await until(lambda: "completed" in shop.names())
+    assert len(shop.begun) == 3
+
+
+async def test_a_cancelled_handler_gives_its_message_back(shop: Shop) -> None:
+    """FastStream 0.6 would reject it, which RabbitMQ drops, and later ones would keep it from others."""
+    broker = shop.broker()
+    running: list[Any] = []
+
+    @broker.subscriber(shop.queue)
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+        if len(shop.begun) == 1:
+            running.append(asyncio.current_task())
+            await asyncio.Event().wait()
+
+    async with broker:
+        await broker.start()
+        await broker.publish("A-1", shop.queue, message_id="m-1")
+        await until(lambda: bool(running))
+        running[0].cancel()
+        await until(lambda: "completed" in shop.names())
+    assert shop.begun == ["A-1", "A-1"]
+
+
+async def test_a_handler_whose_loop_is_gone_ends_quietly(shop: Shop) -> None:
+    """Nothing can be awaited any more, neither by the decorator nor by the middleware."""
+    broker = shop.broker()
+    running: list[Any] = []
+
+    @broker.subscriber(shop.queue)
+    async def charge(order: str) -> None:
+        running.append(order)
+        await asyncio.Event().wait()
+
+    [call] = broker.subscribers[0].calls
+    middleware = IdempotencyMiddleware(idempotency=shop.idem)
+    context = ContextRepo()
+    message = StreamMessage[Any](None, b"A-1", message_id="m-1", headers={"Idempotency-Key": "k-1"})
+
+    async def call_next(_: Any) -> None:
+        await call.handler._original_call("A-1")
+
+    with context.scope("handler_", broker.subscribers[0]):
+        coroutine = middleware(None, context=context).consume_scope(call_next, message)
+        coroutine.send(None)
+        assert running == ["A-1"]
+        coroutine.close()
+
+
+async def test_handlers_that_do_not_agree_lose_no_message(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    """Of one subscriber some are decorated and some are not: its messages come again, and the log says why."""
+    broker = shop.broker(longest_delay=0.1)
+    subscriber = broker.subscriber(shop.queue)
+
+    @subscriber(filter=lambda message: message.content_type == "text/plain")
+    @idempotent_task(key="{order}", idempotency=shop.idem)
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+
+    @subscriber
+    async def refund(order: str) -> None:
+        shop.begun.append(order)
+
+    async with broker:
+        await broker.start()
+        await broker.publish("A-1", shop.queue, message_id="m-1")
+        await until(lambda: caplog.text.count("decorate all or none") >= 2)
+    assert shop.begun == []
+    async with RabbitBroker(shop.url, logger=None) as another:
+        assert await take(another, shop.queue) == b"A-1"
+
+
+async def test_an_ack_under_a_decorator_of_its_own_is_told_of(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    """The decorator cannot tell it from a failure, so nothing is recorded, and the log says what to do."""
+    broker = shop.broker()
+
+    @broker.subscriber(shop.queue)
+    @idempotent_task(key="{order}", scope="orders", idempotency=shop.idem)
+    async def charge(order: str) -> None:
+        raise AckMessage
+
+    async with broker:
+        await broker.start()
+        await broker.publish("A-1", shop.queue)
+        await until(lambda: "no outcome is recorded" in caplog.text)
+
+
 async def test_an_outcome_that_could_not_be_published_is_published_later(shop: Shop) -> None:
     """The message comes again, and is replayed."""
     broker = shop.broker()
@@ -355,5 +461,28 @@ async def test_on_nats_the_server_keeps_what_is_put_back(nats_url: str, unique_n
     assert begun == ["A-1", "A-1"]
     assert events[-1].key == f"{unique_name}:1"
     client = await nats.connect(nats_url)
+    await client.jetstream().delete_stream(unique_name)
+    await client.close()
+
+
+async def test_a_batch_is_refused(nats_url: str, unique_name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It would have the key of its first message, and a duplicate of that would pass for all of them."""
+    begun: list[Any] = []
+    middleware = IdempotencyMiddleware(idempotency=Idempotency(store=MemoryStore()), longest_delay=0.1)
+    broker = NatsBroker(nats_url, middlewares=[middleware], logger=None)
+    stream, pull = JStream(unique_name, subjects=[f"{unique_name}.*"]), PullSub(batch=True, timeout=0.2)
+
+    @broker.subscriber(f"{unique_name}.orders", stream=stream, durable="shop", pull_sub=pull)
+    async def charge(orders: list[str]) -> None:
+        begun.append(orders)
+
+    async with broker:
+        await broker.start()
+        await broker.publish("A-1", f"{unique_name}.orders", stream=unique_name)
+        await until(lambda: "this subscriber takes batches" in caplog.text)
+    assert begun == []
+    client = await nats.connect(nats_url)
+    info = await client.jetstream().consumer_info(unique_name, "shop")
+    assert (info.num_ack_pending or 0) + (info.num_pending or 0) == 1
     await client.jetstream().delete_stream(unique_name)
     await client.close()

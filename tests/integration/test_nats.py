@@ -408,6 +408,21 @@ async def test_without_a_road_for_dead_letters_nothing_is_dropped(
     assert sum(await shop.left()) == 1
 
 
+async def test_a_consumer_of_its_own_dead_letters_does_not_make_more_of_them(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A dead letter that comes back and would be one again is put back, and the log says what to change."""
+    callback = shop.callback(
+        shop.charge, key=lambda _: "", dead_letter_subject=f"{shop.stream}.dead", longest_delay=0.1
+    )
+    config = ConsumerConfig(ack_wait=1.0)
+    await shop.js.subscribe(f"{shop.stream}.*", durable=DURABLE, cb=callback, manual_ack=True, config=config)
+    await shop.publish()
+    await until(lambda: shop.names().count("dead_lettered") >= 4)
+    assert (await shop.js.stream_info(shop.stream)).state.messages == 2
+    assert "its consumer takes those too" in caplog.text
+
+
 async def test_a_cancelled_handler_gives_its_message_back(shop: Shop) -> None:
     """Its claim is released and the message comes again at once, not after its `ack_wait`."""
     begun = asyncio.Event()

@@ -16,12 +16,21 @@ from typing import Any, Self
 import aio_pika
 import pytest
 import pytest_asyncio
-from taskiq import Context, InMemoryBroker, SimpleRetryMiddleware, TaskiqDepends
+from taskiq import Context, InMemoryBroker, SimpleRetryMiddleware, TaskiqDepends, TaskiqMessage, TaskiqMiddleware
 from taskiq.api import run_receiver_task
 from taskiq.result_backends.dummy import DummyResultBackend
 from taskiq_aio_pika import AioPikaBroker
 
-from idem_tasks import ConfigurationError, Event, Idempotency, MemoryStore, Policy, idempotency_of, idempotent_task
+from idem_tasks import (
+    ConfigurationError,
+    Event,
+    Idempotency,
+    MemoryStore,
+    Policy,
+    StoreUnavailableError,
+    idempotency_of,
+    idempotent_task,
+)
 from idem_tasks.integrations.taskiq import IdempotencyMiddleware
 from tests.integration.processes import process
 from tests.services.waiting import wait_until
@@ -161,7 +170,7 @@ async def test_what_is_in_progress_is_put_back(shop: Shop, asynchronous: bool, d
 
 async def test_a_retry_of_taskiq_runs(shop: Shop) -> None:
     """The claim of a handler that raised is released, and the delay of a put-back is not that of the retry."""
-    shop.broker.add_middlewares(IdempotencyMiddleware(delay_label="delay"), SimpleRetryMiddleware())
+    shop.broker.add_middlewares(SimpleRetryMiddleware(), IdempotencyMiddleware(delay_label="delay"))
 
     async def charge(order: str) -> None:
         shop.begun.append(order)
@@ -293,6 +302,80 @@ async def test_what_a_task_lets_through_is_put_back_too(shop: Shop) -> None:
         await until(lambda: len(shop.saved) == 2)
     assert shop.begun == ["A-1"]
     assert [value for _, value in shop.saved] == ["charged A-1"] * 2
+
+
+async def test_what_is_put_back_is_not_retried_too(shop: Shop) -> None:
+    """Else each copy would make two; the middleware that retries sees an error of ours that left its task."""
+    shop.broker.add_middlewares(
+        SimpleRetryMiddleware(default_retry_label=True), IdempotencyMiddleware(longest_delay=0.2)
+    )
+
+    async def charge(order: str) -> str:
+        return order
+
+    async def call(order: str) -> str:
+        return await shop.idem.arun(charge, order, scope="charge", key=order)
+
+    task = shop.broker.task(task_name="call")(call)
+    with shop.idem.claim(scope="charge", key="A-1", policy=Policy(lease=30)) as claim:
+        async with Worker(shop.broker):
+            await task.kiq("A-1")
+            await until(lambda: shop.names().count("in_progress") == 4)
+            claim.complete("charged A-1")
+            await until(lambda: bool(shop.saved))
+    assert shop.names().count("replayed") == 1
+
+
+async def test_a_handler_may_send_what_a_broker_in_memory_runs_at_once(shop: Shop) -> None:
+    """It is put back all the same when it has to come again, and not what it sent."""
+    broker = InMemoryBroker(await_inplace=True)
+    broker.add_middlewares(IdempotencyMiddleware(longest_delay=0.1))
+
+    async def note(order: str) -> None:
+        shop.begun.append(f"noted {order}")
+
+    noted = broker.task(task_name="note")(note)
+
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+        await noted.kiq(order)
+        if shop.begun.count(order) == 1:
+            raise StoreUnavailableError("of a nested call")
+
+    decorate = idempotent_task(key="{order}", idempotency=shop.idem, fingerprint=None)
+    await broker.task(task_name="charge")(decorate(charge)).kiq("A-1")
+    assert shop.begun == ["A-1", "noted A-1"] * 2
+
+
+async def test_a_middleware_that_retries_has_to_come_first(shop: Shop) -> None:
+    """Its `on_error` would be asked before ours, and nothing could keep it from sending a second copy."""
+    shop.broker.add_middlewares(IdempotencyMiddleware(), SimpleRetryMiddleware())
+    with pytest.raises(ConfigurationError, match="add IdempotencyMiddleware after SimpleRetryMiddleware"):
+        await shop.broker.startup()
+
+
+async def test_labels_of_bytes_are_put_back_as_they_came(shop: Shop) -> None:
+    """As JSON they are text; the message tells that they were bytes."""
+    seen: list[Any] = []
+
+    class Noting(TaskiqMiddleware):
+        def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
+            seen.append(message.labels["seal"])
+            return message
+
+    shop.broker.add_middlewares(Noting(), IdempotencyMiddleware(longest_delay=0.2))
+
+    async def charge(order: str) -> None:
+        shop.begun.append(order)
+
+    task = shop.task(charge)
+    with shop.idem.claim(scope=idempotency_of(task).scope_for("A-1"), key="A-1", policy=Policy(lease=30)) as claim:
+        async with Worker(shop.broker):
+            await task.kicker().with_labels(seal=b"\xff\x00").kiq("A-1")
+            await until(lambda: shop.names().count("put_back") == 2)
+            claim.complete()
+            await until(lambda: "replayed" in shop.names())
+    assert set(seen) == {b"\xff\x00"}
 
 
 class Workers:

@@ -199,12 +199,48 @@ def test_what_a_handler_raises_is_logged(make: MakeHandler, caplog: pytest.LogCa
     made = make(failing)
     with caplog.at_level(logging.ERROR, "idem_tasks"):
         made.settle(InProgressError(scope="orders", key="A-1"))
-        made.settle(ValueError("replayed"))
+        made.settle(StoreConfigurationError("no such table"))
+        made.settle(KeyboardInterrupt())
         assert caplog.records == []
         made.deliver()
     [record] = caplog.records
     assert record.message == "the handler of a message of orders raised"
     assert record.exc_info
+
+
+def of_other_arguments() -> None:
+    """Takes no message."""
+
+
+def no_key(body: str) -> str:
+    return {"id": "A-1"}[body]
+
+
+@pytest.mark.parametrize(
+    "work, options", [(of_other_arguments, {}), (handled, {"key": no_key})], ids=["arguments", "key"]
+)
+def test_what_keeps_a_handler_from_being_called_is_logged(
+    caplog: pytest.LogCaptureFixture, work: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    """A message that comes again for ever tells why: a handler of other arguments, a key that cannot be taken."""
+    given: dict[str, Any] = {"key": lambda body: body, "scope": "orders", "fingerprint": None, **options}
+    handler = MessageHandler(work, runtime="blocking", idempotency=Idempotency(store=MemoryStore()), **given)
+    with pytest.raises((TypeError, KeyError)) as raised:
+        handler.function("A-2")
+    with caplog.at_level(logging.ERROR, "idem_tasks"):
+        assert isinstance(handler.settle(raised.value, 0, "orders", ("A-2",), {}), PutBack)
+    [record] = caplog.records
+    assert record.message == "the handler of a message of orders could not be called"
+    assert record.exc_info
+
+
+def test_a_set_up_that_is_wrong_is_logged_with_what_mends_it(
+    make: MakeHandler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its message comes again, and the event tells no more than the error's type."""
+    with caplog.at_level(logging.ERROR, "idem_tasks"):
+        assert isinstance(make().settle(ConfigurationError("give the engine to configure()")), PutBack)
+    assert caplog.messages == ["a message of orders could not be handled: give the engine to configure()"]
 
 
 def test_delays_double_up_to_the_longest(make: MakeHandler) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from kombu import Connection, Producer
 from sqlalchemy import create_engine, func, select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -121,6 +122,18 @@ def test_another_message_under_the_same_key_becomes_a_dead_letter(rig: MakeRig, 
         queues.publish("A-2", "k")
         properties, body = queues.next_dead_letter()
     assert (body, properties.headers["idem_tasks_reason"]) == ("A-2", "fingerprint_mismatch")
+
+
+def test_headers_of_all_types_are_in_a_dead_letter(rig: MakeRig, queues: Queues) -> None:
+    """Also a text that is not UTF-8, which py-amqp makes of bytes, and which pamqp reads and would not write."""
+    headers = {"raw": b"\xff", "in": [{"raw": b"\xff", "none": None}], "big": 2**40, "is": True, "text": "é"}
+    with Connection(queues.url) as connection:
+        Producer(connection).publish("A-1", routing_key=queues.name, headers={"Idempotency-Key": "\0", **headers})
+    with rig():
+        properties, _ = queues.next_dead_letter()
+    got = {name: properties.headers[name] for name in headers}
+    assert (got.pop("raw"), got["in"][0].pop("raw")) == (b"\xff", b"\xff")
+    assert got == {"in": [{"none": None}], "big": 2**40, "is": True, "text": "é"}
 
 
 def test_without_a_road_nothing_is_dropped(
