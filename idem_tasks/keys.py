@@ -29,6 +29,7 @@ import inspect
 import re
 import string
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -49,6 +50,7 @@ __all__ = [
     "check_key",
     "check_scope",
     "fingerprint_of",
+    "raised_by_callable",
     "scope_of",
 ]
 
@@ -147,6 +149,15 @@ class KeyPlan:
             name = f"what the fingerprint callable of {self._owner} returned"
             fingerprint = fingerprint_of(self._fingerprint(*own, **kwargs), name=name)
         return CallKey(scope, key, fingerprint)
+
+
+def raised_by_callable(error: BaseException) -> bool:
+    """Tell whether a callable raised this from which a key, scope or fingerprint was to be taken.
+
+    Not what says that a call does not fit its handler, which is no fault of the message.
+    """
+    codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return KeyPlan.of.__code__ in codes and _Binder.bind.__code__ not in codes
 
 
 def scope_of(handler: object) -> str:

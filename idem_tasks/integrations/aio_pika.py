@@ -15,12 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 from weakref import WeakKeyDictionary
 
-from aio_pika.abc import AbstractIncomingMessage
-from aio_pika.exceptions import MessageProcessError
-from aiormq.abc import AbstractChannel, AbstractConnection
-from aiormq.exceptions import ChannelInvalidStateError, DeliveryError
-from pamqp.commands import Basic
-
+from idem_tasks.errors import MissingExtraError
 from idem_tasks.integrations.rabbitmq_copies import (
     CONFIRM_TIMEOUT,
     CONSUMER_TIMEOUT,
@@ -40,6 +35,15 @@ from idem_tasks.integrations.settling import (
     times_put_back,
 )
 from idem_tasks.policy import Policy, PolicyFields
+
+try:
+    from aio_pika.abc import AbstractIncomingMessage
+    from aio_pika.exceptions import MessageProcessError
+    from aiormq.abc import AbstractChannel, AbstractConnection
+    from aiormq.exceptions import ChannelInvalidStateError, DeliveryError
+    from pamqp.commands import Basic
+except ImportError as error:
+    raise MissingExtraError(package="aio-pika", extra="rabbitmq") from error
 
 if TYPE_CHECKING:
     from idem_tasks.idempotency import Idempotency

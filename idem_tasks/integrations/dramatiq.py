@@ -14,10 +14,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-import dramatiq
-from dramatiq.errors import RateLimitExceeded, Retry
-from dramatiq.middleware import Interrupt, Middleware, Shutdown, SkipMessage
-
 from idem_tasks import hosts
 from idem_tasks.errors import (
     PUT_BACK,
@@ -25,12 +21,20 @@ from idem_tasks.errors import (
     DuplicateError,
     FingerprintMismatchError,
     InDoubtError,
+    MissingExtraError,
     OutcomeError,
     ParkedError,
     ReplayedFailureError,
 )
 from idem_tasks.events import EventName
 from idem_tasks.integrations.settling import COUNT_HEADER, LONGEST_DELAY, later, times_put_back
+
+try:
+    import dramatiq
+    from dramatiq.errors import RateLimitExceeded, Retry
+    from dramatiq.middleware import Interrupt, Middleware, Shutdown, SkipMessage
+except ImportError as error:
+    raise MissingExtraError(package="dramatiq", extra="dramatiq") from error
 
 _logger = logging.getLogger("idem_tasks")
 

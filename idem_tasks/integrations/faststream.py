@@ -17,13 +17,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
-from faststream import AckPolicy, BaseMiddleware, ContextRepo
-from faststream.exceptions import AckMessage, HandlerException, IgnoredException, NackMessage, RejectMessage
-from faststream.message import SourceType, StreamMessage
-
 from idem_tasks import hosts
 from idem_tasks.decorator import idempotency_of
-from idem_tasks.errors import ConfigurationError
+from idem_tasks.errors import ConfigurationError, MissingExtraError
 from idem_tasks.integrations.settling import (
     FIRST_DELAY,
     LONGEST_DELAY,
@@ -35,6 +31,13 @@ from idem_tasks.integrations.settling import (
 )
 from idem_tasks.outcomes import UNANNOTATED, ReturnType
 from idem_tasks.stores.base import RuntimeName
+
+try:
+    from faststream import AckPolicy, BaseMiddleware, ContextRepo
+    from faststream.exceptions import AckMessage, HandlerException, IgnoredException, NackMessage, RejectMessage
+    from faststream.message import SourceType, StreamMessage
+except ImportError as error:
+    raise MissingExtraError(package="faststream", extra="faststream") from error
 
 _logger = logging.getLogger("idem_tasks")
 

@@ -17,11 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-from kombu import Connection, Producer
-from kombu.message import Message
-from kombu.serialization import loads
-
-from idem_tasks.errors import ConfigurationError
+from idem_tasks.errors import ConfigurationError, MissingExtraError
 from idem_tasks.integrations.rabbitmq_copies import CONFIRM_TIMEOUT, CONSUMER_TIMEOUT, PAUSE_AFTER_REFUSAL, Roads
 from idem_tasks.integrations.settling import (
     LONGEST_DELAY,
@@ -33,6 +29,13 @@ from idem_tasks.integrations.settling import (
     times_put_back,
 )
 from idem_tasks.policy import Policy, PolicyFields
+
+try:
+    from kombu import Connection, Producer
+    from kombu.message import Message
+    from kombu.serialization import loads
+except ImportError as error:
+    raise MissingExtraError(package="kombu", extra="celery") from error
 
 if TYPE_CHECKING:
     from idem_tasks.idempotency import Idempotency

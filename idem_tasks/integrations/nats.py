@@ -13,12 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from nats.aio.msg import Msg
-from nats.errors import Error as NatsError, MsgAlreadyAckdError
-from nats.js import JetStreamContext
-from nats.js.api import AckPolicy, ConsumerInfo, Header
-
-from idem_tasks.errors import ConfigurationError
+from idem_tasks.errors import ConfigurationError, MissingExtraError
 from idem_tasks.integrations.settling import (
     LONGEST_DELAY,
     REASON_HEADER,
@@ -30,6 +25,14 @@ from idem_tasks.integrations.settling import (
 )
 from idem_tasks.policy import Policy, PolicyFields
 from idem_tasks.runtime import deadline_clock
+
+try:
+    from nats.aio.msg import Msg
+    from nats.errors import Error as NatsError, MsgAlreadyAckdError
+    from nats.js import JetStreamContext
+    from nats.js.api import AckPolicy, ConsumerInfo, Header
+except ImportError as error:
+    raise MissingExtraError(package="nats-py", extra="nats") from error
 
 if TYPE_CHECKING:
     from idem_tasks.idempotency import Idempotency

@@ -16,9 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from pika.exceptions import AMQPError
-
-from idem_tasks.errors import ConfigurationError
+from idem_tasks.errors import ConfigurationError, MissingExtraError
 from idem_tasks.integrations.rabbitmq_copies import CONSUMER_TIMEOUT, PAUSE_AFTER_REFUSAL, Roads
 from idem_tasks.integrations.settling import (
     LONGEST_DELAY,
@@ -31,6 +29,11 @@ from idem_tasks.integrations.settling import (
     times_put_back,
 )
 from idem_tasks.policy import Policy, PolicyFields
+
+try:
+    from pika.exceptions import AMQPError
+except ImportError as error:
+    raise MissingExtraError(package="pika", extra="rabbitmq") from error
 
 if TYPE_CHECKING:
     from idem_tasks.idempotency import Idempotency

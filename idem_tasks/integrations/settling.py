@@ -34,6 +34,7 @@ from idem_tasks.errors import (
     comes_again,
 )
 from idem_tasks.events import EventName
+from idem_tasks.keys import raised_by_callable
 from idem_tasks.stores.base import RuntimeName
 
 _logger = logging.getLogger("idem_tasks")
@@ -161,7 +162,9 @@ class MessageHandler:
             case PutBack(delay, times, reason):
                 self._announce(EventName.PUT_BACK, args, kwargs, count=times, delay=round(delay, 3), reason=reason)
             case DeadLetter(reason):
-                self._announce(EventName.DEAD_LETTERED, args, kwargs, reason=reason, origin=origin)
+                # What is said of a key names what is missing, and never a value.
+                told = {"error": str(error)} if isinstance(error, InvalidKeyError) else {}
+                self._announce(EventName.DEAD_LETTERED, args, kwargs, reason=reason, origin=origin, **told)
         return settlement
 
     def _settlement(self, error: BaseException | None, count: int, origin: str, longest: float) -> Settlement:
@@ -185,6 +188,8 @@ class MessageHandler:
 
     def _reason_of_death(self, error: Exception) -> str | None:
         """Say why it is a dead letter; None for what has to be tried again."""
+        if not isinstance(error, IdemTasksError) and self._has_no_key(error):
+            return "invalid_key"
         for kind, reason in _DEAD.items():
             if isinstance(error, kind):
                 return reason
@@ -196,6 +201,10 @@ class MessageHandler:
         """Tell what the handler let through, of another call of ours that it made, say, from what we raise for it."""
         return any(frame.f_code is self._code for frame, _ in traceback.walk_tb(error.__traceback__))
 
+    def _has_no_key(self, error: BaseException) -> bool:
+        """Tell whether the message is one that its key cannot be taken from, such as a body that is no JSON."""
+        return raised_by_callable(error) and not self._raised_by_handler(error)
+
     def _log(self, error: BaseException, origin: str) -> None:
         """Log what nobody else tells; of our own errors the others are announced, or make a dead letter."""
         if isinstance(error, IdemTasksError):
@@ -203,6 +212,8 @@ class MessageHandler:
                 _logger.error("a message of %s could not be handled: %s", origin, error)
         elif self._raised_by_handler(error):
             _logger.error("the handler of a message of %s raised", origin, exc_info=error)
+        elif self._has_no_key(error):
+            _logger.error("no key could be taken from a message of %s", origin, exc_info=error)
         elif isinstance(error, Exception):
             _logger.error("the handler of a message of %s could not be called", origin, exc_info=error)
 

@@ -16,15 +16,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, TaskiqMessage, TaskiqMiddleware, TaskiqResult
-from taskiq.exceptions import NoResultError, TaskRejectedError
-from taskiq.labels import prepare_label
-
 from idem_tasks import hosts
 from idem_tasks.decorator import idempotency_of
-from idem_tasks.errors import PUT_BACK, ConfigurationError
+from idem_tasks.errors import PUT_BACK, ConfigurationError, MissingExtraError
 from idem_tasks.events import EventName
 from idem_tasks.integrations.settling import COUNT_HEADER, LONGEST_DELAY, later, times_put_back
+
+try:
+    from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, TaskiqMessage, TaskiqMiddleware, TaskiqResult
+    from taskiq.exceptions import NoResultError, TaskRejectedError
+    from taskiq.labels import prepare_label
+except ImportError as error:
+    raise MissingExtraError(package="taskiq", extra="taskiq") from error
 
 _logger = logging.getLogger("idem_tasks")
 

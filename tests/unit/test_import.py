@@ -105,3 +105,36 @@ def test_a_clock_for_tests_needs_no_pytest() -> None:
         "else:\n"
         "    raise AssertionError\n"
     )
+
+
+@pytest.mark.parametrize(
+    "module, client, install",
+    [
+        ("aio_pika", "aio_pika", "aio-pika is not installed; run: pip install 'idem-tasks[rabbitmq]'"),
+        ("aiokafka", "aiokafka", "aiokafka is not installed; run: pip install 'idem-tasks[kafka]'"),
+        (
+            "confluent_kafka",
+            "confluent_kafka",
+            "confluent-kafka is not installed; run: pip install 'idem-tasks[kafka]'",
+        ),
+        ("dramatiq", "dramatiq", "dramatiq is not installed; run: pip install 'idem-tasks[dramatiq]'"),
+        ("faststream", "faststream", "faststream is not installed; run: pip install 'idem-tasks[faststream]'"),
+        ("kombu_consumer", "kombu", "kombu is not installed; run: pip install 'idem-tasks[celery]'"),
+        ("nats", "nats", "nats-py is not installed; run: pip install 'idem-tasks[nats]'"),
+        ("pika", "pika", "pika is not installed; run: pip install 'idem-tasks[rabbitmq]'"),
+        ("taskiq", "taskiq", "taskiq is not installed; run: pip install 'idem-tasks[taskiq]'"),
+    ],
+)
+def test_a_client_that_is_missing_is_named_with_its_extra(module: str, client: str, install: str) -> None:
+    """An integration without its client says what to install, whose name may be another than the module's."""
+    run(
+        "import sys\n"
+        f"sys.modules[{client!r}] = None\n"
+        "from idem_tasks import MissingExtraError\n"
+        "try:\n"
+        f"    import idem_tasks.integrations.{module}\n"
+        "except MissingExtraError as error:\n"
+        f"    assert str(error) == {install!r}, error\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -168,7 +169,8 @@ def test_what_would_be_refused_each_time_is_a_dead_letter(make: MakeHandler, err
         **known,
     }
     [event] = made.events
-    assert (event.name.value, event.details) == ("dead_lettered", {"reason": reason, "origin": "orders"})
+    told = {"error": "the key is None"} if reason == "invalid_key" else {}  # which names no value
+    assert (event.name.value, event.details) == ("dead_lettered", {"reason": reason, "origin": "orders", **told})
 
 
 def test_a_final_failure_is_a_dead_letter_each_time(make: MakeHandler) -> None:
@@ -217,21 +219,35 @@ def no_key(body: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "work, options", [(of_other_arguments, {}), (handled, {"key": no_key})], ids=["arguments", "key"]
+    "work, options, settled, told",
+    [
+        (of_other_arguments, {}, PutBack, "the handler of a message of orders could not be called"),
+        (handled, {"key": no_key}, DeadLetter, "no key could be taken from a message of orders"),
+        (handled, {"scope": no_key}, DeadLetter, "no key could be taken from a message of orders"),
+        (handled, {"fingerprint": no_key}, DeadLetter, "no key could be taken from a message of orders"),
+        (handled, {"key": itemgetter("id")}, DeadLetter, "no key could be taken from a message of orders"),
+    ],
+    ids=["arguments", "key", "scope", "fingerprint", "built in"],
 )
 def test_what_keeps_a_handler_from_being_called_is_logged(
-    caplog: pytest.LogCaptureFixture, work: Callable[..., Any], options: dict[str, Any]
+    caplog: pytest.LogCaptureFixture,
+    work: Callable[..., Any],
+    options: dict[str, Any],
+    settled: type[Settlement],
+    told: str,
 ) -> None:
-    """A message that comes again for ever tells why: a handler of other arguments, a key that cannot be taken."""
+    """A handler of other arguments is mended, and its messages come again; one without a key is a dead letter."""
     given: dict[str, Any] = {"key": lambda body: body, "scope": "orders", "fingerprint": None, **options}
     handler = MessageHandler(work, runtime="blocking", idempotency=Idempotency(store=MemoryStore()), **given)
     with pytest.raises((TypeError, KeyError)) as raised:
         handler.function("A-2")
     with caplog.at_level(logging.ERROR, "idem_tasks"):
-        assert isinstance(handler.settle(raised.value, 0, "orders", ("A-2",), {}), PutBack)
-    [record] = caplog.records
-    assert record.message == "the handler of a message of orders could not be called"
-    assert record.exc_info
+        settlement = handler.settle(raised.value, 0, "orders", ("A-2",), {})
+    assert isinstance(settlement, settled)
+    assert caplog.messages[0] == told
+    assert caplog.records[0].exc_info
+    if isinstance(settlement, DeadLetter):
+        assert settlement.reason == "invalid_key"
 
 
 def test_a_set_up_that_is_wrong_is_logged_with_what_mends_it(
