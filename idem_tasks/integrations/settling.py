@@ -154,6 +154,8 @@ class MessageHandler:
         """
         if error is not None and not isinstance(error, IdemTasksError) and self._raised_by_handler(error):
             _logger.error("the handler of a message of %s raised", origin, exc_info=error)
+        elif isinstance(error, ConfigurationError):
+            log_our_own(error, origin)
         settlement = self._settlement(error, count, origin, min(self._longest_delay, hold_limit * _SHARE_OF_LIMIT))
         match settlement:
             case PutBack(delay, times, reason):
@@ -203,6 +205,12 @@ class MessageHandler:
             self.task.announce(name, scope, key, **details)
         except IdemTasksError:  # there is no usable Idempotency, so nobody who could be told
             _logger.exception("%s is not announced", name.value)
+
+
+def log_our_own(error: IdemTasksError, origin: str) -> None:
+    """Say why a message is not done; our errors name what to change, and quote no message."""
+    level = logging.ERROR if isinstance(error, ConfigurationError) else logging.WARNING
+    _logger.log(level, "a message of %s is not done: %s", origin, error)
 
 
 def later(error: BaseException, count: int, longest: float) -> PutBack:

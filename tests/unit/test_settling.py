@@ -107,6 +107,12 @@ def test_what_ran_before_is_acknowledged(make: MakeHandler, error: Exception) ->
     assert make().settle(error) == Acknowledge()
 
 
+def test_what_only_a_person_can_mend_is_said(make: MakeHandler, caplog: pytest.LogCaptureFixture) -> None:
+    """The message comes again, and what to change is in the log each time."""
+    assert isinstance(make().settle(ConfigurationError("give session= a sessionmaker")), PutBack)
+    assert "give session= a sessionmaker" in caplog.text
+
+
 @pytest.mark.parametrize("error", [DuplicateError("of another call"), OutcomeError("of another call")], ids=repr)
 def test_what_the_handler_let_through_is_no_sign_that_it_ran_before(make: MakeHandler, error: Exception) -> None:
     """It called another idempotent function, and its own work was released: its message comes again (F31)."""
