@@ -298,7 +298,7 @@ class IdempotentConsumer:
         assert self._dead_letter_topic is not None, "it would have been put back"
         try:
             failed = self._produce(self._dead_letter_topic, taken.message, letter.headers)
-        except (KafkaException, BufferError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever the producer has against it
             failed = error
         if failed is None:
             return Acknowledge()
