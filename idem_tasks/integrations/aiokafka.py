@@ -100,7 +100,8 @@ class IdempotentConsumer:
             )
         if buffer < 1 or not commit_every > 0:
             raise ConfigurationError("buffer must be 1 or more, and commit_every more than 0 seconds")
-        check_batches(batch_size, batch_wait, buffer)
+        if batch:
+            check_batches(batch_size, batch_wait, buffer)
         options: dict[str, Any] = {"idempotency": idempotency, **fields}
         if policy is not None:
             options["policy"] = policy

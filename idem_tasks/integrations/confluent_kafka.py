@@ -111,8 +111,8 @@ class IdempotentConsumer:
         With `batch` the handler is that of `idempotent_batch`: it is called with a list of messages of one partition,
         `batch_size` of them, or fewer when the first has waited `batch_wait` seconds.
 
-        `buffer` messages of a partition wait here at most, and about a hundred more; every `commit_every` seconds what
-        is finished is committed.
+        `buffer` messages of a partition wait here at most, and about a hundred more: take fewer for large messages.
+        Every `commit_every` seconds what is finished is committed.
 
         Raises `ConfigurationError` for what cannot work, auto-commit above all.
         """
@@ -122,7 +122,8 @@ class IdempotentConsumer:
             raise ConfigurationError("dead_letter_topic= and producer= go together: a Producer sends the dead letters")
         if workers < 1 or buffer < 1 or not commit_every > 0:
             raise ConfigurationError("workers and buffer must be 1 or more, and commit_every more than 0 seconds")
-        check_batches(batch_size, batch_wait, buffer)
+        if batch:
+            check_batches(batch_size, batch_wait, buffer)
         options: dict[str, Any] = {"idempotency": idempotency, **fields}
         if policy is not None:
             options["policy"] = policy

@@ -298,7 +298,7 @@ def key_in_headers(headers: Mapping[str, Any] | None) -> str | None:
     blank in it, so that "source id" stands for one pair only. Names are compared without their case, values may be
     bytes in UTF-8. None where there is neither; an empty value is no key.
     """
-    found = {name.lower(): _text(value) for name, value in (headers or {}).items()}
+    found = {name.lower(): text for name, value in (headers or {}).items() if (text := _text(value))}
     for name in _KEY_HEADERS:
         if found.get(name):
             return found[name]
