@@ -170,8 +170,8 @@ class IdempotentConsumer:
 
     async def _let_handlers_end(self) -> None:
         """Poll on, so that the group does not take a handler that takes its time for dead."""
-        self._client.pause(*self._client.assignment())
         while self._tasks:
+            self._client.pause(*self._client.assignment())  # which a rebalance may have changed
             await self._fetch()
 
     async def _close(self) -> None:

@@ -209,8 +209,8 @@ class IdempotentConsumer:
 
     def _let_handlers_end(self) -> None:
         """Poll on, so that the group does not take a handler that takes its time for dead."""
-        self._client.pause(self._client.assignment())
         while self._partitions_run():
+            self._client.pause(self._client.assignment())  # which a rebalance may have changed
             self._fetch()
 
     def _partitions_run(self) -> bool:

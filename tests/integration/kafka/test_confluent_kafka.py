@@ -243,6 +243,33 @@ def test_a_handler_that_runs_through_a_rebalance_runs_once(
     assert "a commit came too late" in caplog.text
 
 
+def test_a_consumer_that_ends_fetches_nothing_more(topic: Topic, idem: Idempotency) -> None:
+    """Though its last handler is long, and its group gives it more partitions meanwhile."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def handler(_message: Message) -> None:
+        begun.set()
+        assert may_end.wait(SECONDS)
+
+    def partitions_of(consumer: IdempotentConsumer) -> list[int]:
+        return [partition.place[1] for partition in consumer._partitions]
+
+    with consuming(topic, handler, idempotency=idem) as ending:
+        with consuming(topic, handler, idempotency=idem):
+            wait_until(lambda: len(partitions_of(ending)) == 2, seconds=SECONDS, what="two of four partitions")
+            topic.publish("long", partition=partitions_of(ending)[0])
+            assert begun.wait(SECONDS)
+            ending.stop()
+        try:
+            wait_until(lambda: len(partitions_of(ending)) == 4, seconds=SECONDS, what="all partitions")
+            for number in range(4):
+                topic.publish("short", partition=number)
+            assert not may_end.wait(1.0)
+            assert [partition.waiting for partition in ending._partitions] == [0] * 4
+        finally:
+            may_end.set()
+
+
 def _commit_as_a_stranger(topic: Topic, idem: Idempotency) -> None:
     """As a consumer whose group has gone on without it, which a member's generation tells the broker."""
     client = Consumer(topic.config | {"enable.auto.commit": False})
