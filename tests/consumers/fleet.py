@@ -44,13 +44,15 @@ class Fleet:
             if not _lives(pid):
                 raise RuntimeError(f"consumer {pid} ended by itself: {self._log_end()}")
 
-    def kill_one_if_it_is_time(self) -> None:
-        """Kill one with SIGKILL, wherever it is, and start another."""
-        if time.monotonic() > self._next_kill:
-            self._kill(self._pids.pop(self._chance.randrange(len(self._pids))))
-            self.kills += 1
-            self._pids.append(self._started())
-            self._put_off()
+    def kill_one_if_it_is_time(self) -> bool:
+        """Kill one with SIGKILL, wherever it is, and start another; tells whether it did."""
+        if time.monotonic() <= self._next_kill:
+            return False
+        self._kill(self._pids.pop(self._chance.randrange(len(self._pids))))
+        self.kills += 1
+        self._pids.append(self._started())
+        self._put_off()
+        return True
 
     def kill_all(self) -> None:
         while self._pids:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from tests.consumers import brokers
 from tests.consumers.endurance import endure
@@ -17,7 +18,7 @@ _SECONDS = 60.0
 _SECONDS_A_MESSAGE = 0.2
 
 
-def main(broker: str, messages: int, seed: int, **pace: float) -> bool:
+def main(broker: str, messages: int, seed: int, **pace: Any) -> bool:
     run, servers = Run.begin(), list[Server]()
     try:
         for kind in (PostgresServer, RedisServer, brokers.module(broker).SERVER):
@@ -30,8 +31,12 @@ def main(broker: str, messages: int, seed: int, **pace: float) -> bool:
             redis_url=servers[1].url,
             folder=str(run.new_folder("consumers")),
             seed=seed,
-            seconds=_SECONDS + messages * _SECONDS_A_MESSAGE,
-            **{**brokers.pace(broker), **pace, "messages": messages},
+            **{
+                **brokers.pace(broker),
+                **pace,
+                "messages": messages,
+                "seconds": _SECONDS + messages * _SECONDS_A_MESSAGE,
+            },
         )
         verdict = endure(plan)
     finally:

@@ -24,7 +24,7 @@ SERVERS = {
     "PostgreSQL": ("postgres_url", "postgres_database", "private_postgres"),
     "MariaDB": ("mariadb_url", "mariadb_database", "private_mariadb"),
     "SQLite": ("sqlite_url",),
-    "RabbitMQ": ("rabbitmq_url", "private_rabbitmq", "broker_urls"),
+    "RabbitMQ": ("rabbitmq_url", "private_rabbitmq", "broker_urls", "impatient_rabbitmq"),
     WORKERS: (WORKERS,),
 }
 """The fixtures by which a test gets a server, or workers."""

@@ -44,7 +44,7 @@ def module(name: str) -> Broker:
 
 
 def pace(name: str) -> dict[str, Any]:
-    """What a module's `PACE` says of the plan: how many consumers, how often one is killed, how many messages."""
+    """What a module's `PACE` says of the plan, such as how many consumers there are and how often one is killed."""
     found: dict[str, Any] = getattr(module(name), "PACE", {})
     return found
 

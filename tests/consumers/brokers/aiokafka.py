@@ -16,7 +16,7 @@ from tests.consumers.plan import Plan
 
 __all__ = ["FIXTURE", "PACE", "SERVER", "consume", "dead_letters", "declare", "left", "publish"]
 
-PACE = {"kill_every": 8.0, "consumers": 1, "messages": 120}
+PACE = {"kill_every": 8.0, "consumers": 1, "messages": 200, "seconds": 90.0}
 """In librdkafka's mock cluster aiokafka works as the only member of its group."""
 
 _SESSION_SECONDS = 6.0

@@ -222,6 +222,10 @@ def test_rows_of_a_session_are_written_once(
     engine.dispose()
 
 
+# aio-pika 9 leaves the socket of a connection that was cut to the garbage collector.
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <function StreamWriter:pytest.PytestUnraisableExceptionWarning"
+)
 def test_a_handler_whose_connection_was_cut(
     rig: MakeRig, queues: Queues, client: str, heard: Heard, proxied: Any
 ) -> None:
