@@ -45,6 +45,15 @@ except ImportError as error:
     raise MissingExtraError(package="aiokafka", extra="kafka") from error
 
 
+_FETCH_SECONDS = 1.0
+"""How long the client may think about what it fetched. While its group has no assignment for it, it waits without any
+limit, and would notice `stop` only then."""
+
+_COMMIT_SECONDS = 5.0
+"""How long a commit may take. The client itself tries again for ever, and a consumer would never end whose brokers are
+away; a lost commit costs a replay."""
+
+
 class IdempotentConsumer:
     """Polls topics, and awaits the handler once for each key; messages are committed behind their outcomes."""
 
@@ -92,7 +101,8 @@ class IdempotentConsumer:
             )
         if buffer < 1 or not commit_every > 0:
             raise ConfigurationError("buffer must be 1 or more, and commit_every more than 0 seconds")
-        check_batches(batch_size, batch_wait, buffer)
+        if batch:
+            check_batches(batch_size, batch_wait, buffer)
         options: dict[str, Any] = {"idempotency": idempotency, **fields}
         if policy is not None:
             options["policy"] = policy
@@ -164,8 +174,8 @@ class IdempotentConsumer:
 
     async def _let_handlers_end(self) -> None:
         """Poll on, so that the group does not take a handler that takes its time for dead."""
-        self._client.pause(*self._client.assignment())
         while self._tasks:
+            self._client.pause(*self._client.assignment())  # which a rebalance may have changed
             await self._fetch()
 
     async def _close(self) -> None:
@@ -181,7 +191,11 @@ class IdempotentConsumer:
     # Messages in
 
     async def _fetch(self) -> None:
-        fetched = await self._client.getmany(timeout_ms=round(POLL_SECONDS * 1000), max_records=FETCHED_AT_ONCE)
+        try:
+            async with asyncio.timeout(_FETCH_SECONDS):
+                fetched = await self._client.getmany(timeout_ms=round(POLL_SECONDS * 1000), max_records=FETCHED_AT_ONCE)
+        except TimeoutError:
+            return
         for place, messages in fetched.items():
             if place in self._client.assignment():
                 self._partitions.assign(_places([place]))  # the client may fetch before it tells of an assignment
@@ -254,11 +268,10 @@ class IdempotentConsumer:
         assert self._dead_letter_topic is not None and self._producer is not None  # noqa: PT018 - it was put back else
         message = taken.message
         headers = dead_letter_headers(message.headers, letter.headers)
+        value = b"" if message.value is None and message.key is None else message.value  # the producer takes no nothing
         try:
-            await self._producer.send_and_wait(
-                self._dead_letter_topic, value=message.value, key=message.key, headers=headers
-            )
-        except KafkaError as error:
+            await self._producer.send_and_wait(self._dead_letter_topic, value=value, key=message.key, headers=headers)
+        except Exception as error:  # noqa: BLE001 - whatever the producer, or its serializer, has against it
             log_not_delivered(origin, self._dead_letter_topic, type(error).__name__, later.delay)
             return later
         return Acknowledge()
@@ -273,10 +286,11 @@ class IdempotentConsumer:
         if not offsets:
             return
         try:
-            await self._client.commit({TopicPartition(*place): offset for place, offset in offsets.items()})
+            async with asyncio.timeout(_COMMIT_SECONDS):
+                await self._client.commit({TopicPartition(*place): offset for place, offset in offsets.items()})
         except (CommitFailedError, IllegalStateError) as error:
             logger.info("a commit came too late, and its messages will be replayed: %s", type(error).__name__)
-        except KafkaError as error:
+        except (KafkaError, TimeoutError) as error:
             logger.warning("a commit failed, and is tried again: %s", type(error).__name__)
         else:
             self._partitions.committed(offsets)

@@ -112,8 +112,8 @@ class IdempotentConsumer:
         With `batch` the handler is that of `idempotent_batch`: it is called with a list of messages of one partition,
         `batch_size` of them, or fewer when the first has waited `batch_wait` seconds.
 
-        `buffer` messages of a partition wait here at most, and about a hundred more; every `commit_every` seconds what
-        is finished is committed.
+        `buffer` messages of a partition wait here at most, and about a hundred more: take fewer for large messages.
+        Every `commit_every` seconds what is finished is committed.
 
         Raises `ConfigurationError` for what cannot work, auto-commit above all.
         """
@@ -123,7 +123,8 @@ class IdempotentConsumer:
             raise ConfigurationError("dead_letter_topic= and producer= go together: a Producer sends the dead letters")
         if workers < 1 or buffer < 1 or not commit_every > 0:
             raise ConfigurationError("workers and buffer must be 1 or more, and commit_every more than 0 seconds")
-        check_batches(batch_size, batch_wait, buffer)
+        if batch:
+            check_batches(batch_size, batch_wait, buffer)
         options: dict[str, Any] = {"idempotency": idempotency, **fields}
         if policy is not None:
             options["policy"] = policy
@@ -210,8 +211,8 @@ class IdempotentConsumer:
 
     def _let_handlers_end(self) -> None:
         """Poll on, so that the group does not take a handler that takes its time for dead."""
-        self._client.pause(self._client.assignment())
         while self._partitions_run():
+            self._client.pause(self._client.assignment())  # which a rebalance may have changed
             self._fetch()
 
     def _partitions_run(self) -> bool:
@@ -300,7 +301,7 @@ class IdempotentConsumer:
         assert self._dead_letter_topic is not None, "it would have been put back"
         try:
             failed = self._produce(self._dead_letter_topic, taken.message, letter.headers)
-        except (KafkaException, BufferError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever the producer has against it
             failed = error
         if failed is None:
             return Acknowledge()

@@ -19,8 +19,9 @@ logger = logging.getLogger("idem_tasks")
 BODY = "body"
 """The default of `fingerprint=`: the value of the message."""
 
-BUFFER = 100
-"""Messages of one partition that wait here before no more are fetched; the client has a buffer of its own besides."""
+BUFFER = 1000
+"""Messages of one partition that wait here before no more are fetched. librdkafka throws its own buffer away when a
+partition is paused: with 100, batches of 100 on SQLite were fetched five times over, and went 2.6 times slower."""
 
 BATCH_SIZE = 100
 """Messages of one partition that a batch has, at most."""
@@ -163,7 +164,8 @@ def topic_names(topics: Iterable[str]) -> list[str]:
 
 
 def _default_key(origin: Origin) -> str:
-    return key_in_headers(dict(origin.headers)) or origin.text
+    named = {name: value for name, value in origin.headers if value}  # of a header that is repeated the last counts
+    return key_in_headers(named) or origin.text
 
 
 def dead_letter_headers(headers: Iterable[tuple[str, Any]], reasons: Mapping[str, str]) -> list[tuple[str, Any]]:

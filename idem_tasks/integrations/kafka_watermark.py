@@ -28,6 +28,7 @@ from idem_tasks.integrations.settling import (
     check_settling,
     dead_letter,
     later,
+    log_our_own,
     put_back,
 )
 from idem_tasks.keys import check_key, check_scope
@@ -92,7 +93,7 @@ class WatermarkHandler:
         self._on_error = on_error
         self._longest_delay = float(longest_delay)
         self._missing_road = missing_road
-        self._has_tables = False
+        self._made: set[MarkPlace] = set()
         self.function: Callable[..., Any] = self._run if runtime == "asyncio" else self._run_blocking
 
     def settle(
@@ -110,7 +111,9 @@ class WatermarkHandler:
             return Acknowledge()
         longest = min(self._longest_delay, hold_limit)
         settlement: PutBack | DeadLetter = later(error, count, longest)
-        if isinstance(error, Exception) and not isinstance(error, IdemTasksError):
+        if isinstance(error, IdemTasksError):
+            log_our_own(error, origin)
+        elif isinstance(error, Exception):
             logger.error("the handler of a message of %s raised", origin, exc_info=error)
             if self._on_error == "dead_letter" and self._missing_road is None:
                 settlement = dead_letter("handler_error", error, origin)
@@ -149,9 +152,9 @@ class WatermarkHandler:
             return
         place = MarkPlace(topic, partition, self._group)
         marks = watermarks_of(services.store)
-        if not self._has_tables:
-            await marks.read(place)  # which makes them, where they are missing and may be made
-            self._has_tables = True
+        if place not in self._made:
+            await marks.make(place)
+            self._made.add(place)
         transaction = marks.transaction(place, session.source, session.given, max_hold=policy.max_hold)
         runtime = services.runtime
         try:

@@ -209,7 +209,7 @@ class MessageHandler:
         """Log what nobody else tells; of our own errors the others are announced, or make a dead letter."""
         if isinstance(error, IdemTasksError):
             if isinstance(error, ConfigurationError) and not isinstance(error, StoreError):
-                _logger.error("a message of %s could not be handled: %s", origin, error)
+                log_our_own(error, origin)
         elif self._raised_by_handler(error):
             _logger.error("the handler of a message of %s raised", origin, exc_info=error)
         elif self._has_no_key(error):
@@ -226,6 +226,12 @@ class MessageHandler:
             self.task.announce(name, scope, key, **details)
         except IdemTasksError:  # there is no usable Idempotency, so nobody who could be told
             _logger.exception("%s is not announced", name.value)
+
+
+def log_our_own(error: IdemTasksError, origin: str) -> None:
+    """Say why a message is not done; our errors name what to change, and quote no message."""
+    level = logging.ERROR if isinstance(error, ConfigurationError) else logging.WARNING
+    _logger.log(level, "a message of %s is not done: %s", origin, error)
 
 
 def later(error: BaseException, count: int, longest: float) -> PutBack:
@@ -313,7 +319,7 @@ def key_in_headers(headers: Mapping[str, Any] | None) -> str | None:
     blank in it, so that "source id" stands for one pair only. Names are compared without their case, values may be
     bytes in UTF-8. None where there is neither; an empty value is no key.
     """
-    found = {name.lower(): _text(value) for name, value in (headers or {}).items()}
+    found = {name.lower(): text for name, value in (headers or {}).items() if (text := _text(value))}
     for name in _KEY_HEADERS:
         if found.get(name):
             return found[name]

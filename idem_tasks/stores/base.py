@@ -404,8 +404,11 @@ class Watermarks(Protocol):
     A store has them as its attribute `watermarks`, or none.
     """
 
-    async def read(self, place: MarkPlace) -> int | None:
-        """Return the offset of the first message whose effects are not committed; None where there is no mark yet."""
+    async def make(self, place: MarkPlace) -> None:
+        """Make the mark, before the first message, unless there is one.
+
+        In a transaction of its own: a handler that rolls back does not undo it, and no other partition waits for it.
+        """
         ...
 
     def transaction(

@@ -513,9 +513,9 @@ class SQLWatermarks:
     def __init__(self, store: SQLStore) -> None:
         self._store = store
 
-    async def read(self, place: MarkPlace) -> int | None:
-        """Return the offset of the first message whose effects are not committed, in one round trip."""
-        return await self._store._run(sql_watermarks.read, place)  # noqa: SLF001 (a part of the store)
+    async def make(self, place: MarkPlace) -> None:
+        """Make the mark unless there is one: a round trip, and a second one where there is none."""
+        await self._store._run(sql_watermarks.make, place)  # noqa: SLF001 (a part of the store)
 
     def transaction(
         self, place: MarkPlace, source: SessionSource, given: Any, *, max_hold: float

@@ -69,10 +69,11 @@ class WatermarkStatements:
         )
 
 
-def read(sql: Statements, connection: Connection, place: MarkPlace) -> int | None:
-    """Return the offset of the first message whose effects are not committed; None where there is no mark yet."""
-    mark: int | None = connection.execute(sql.watermarks.read, parameters(place)).scalar_one_or_none()
-    return mark
+def make(sql: Statements, connection: Connection, place: MarkPlace) -> None:
+    """Make the mark, before the first message, unless there is one; each statement is a transaction of its own."""
+    values = parameters(place)
+    if connection.execute(sql.watermarks.read, values).one_or_none() is None:  # a row that is locked is not waited for
+        connection.execute(sql.watermarks.insert, values)
 
 
 def parameters(place: MarkPlace) -> dict[str, Any]:

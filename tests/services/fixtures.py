@@ -4,7 +4,7 @@ Shared servers, each test with a part of its own: `redis_url`, `postgres_url`, `
 `rabbitmq_url`, `kafka_bootstrap`, `nats_url`, `redis_sentinel`, `redis_cluster`; and `sqlite_url`; those with tables
 are in `tables.py`. What is not there is skipped, and under CI=true fails. A test that restarts, kills, pauses or
 reconfigures a server starts one: `private_redis()`, `private_postgres()`, `private_mariadb()`, `private_rabbitmq()`,
-`private_nats()`; or takes `private_redis_sentinel`, `private_redis_cluster`.
+`private_nats()`, `private_kafka()`; or takes `private_redis_sentinel`, `private_redis_cluster`.
 """
 
 import os
@@ -21,6 +21,7 @@ from sqlalchemy import make_url
 from tests.not_run_here import NOT_RUN_HERE
 from tests.services import finding
 from tests.services.databases import new_database
+from tests.services.kafka_server import KafkaServer
 from tests.services.mariadb_server import MariaDBServer
 from tests.services.nats_server import NATSServer
 from tests.services.postgres_server import PostgresServer
@@ -297,4 +298,11 @@ def private_rabbitmq(service_run: Run) -> Iterator[Callable[..., RabbitMQServer]
 def private_nats(service_run: Run) -> Iterator[Callable[..., NATSServer]]:
     """`private_nats(max_payload="64KB")` starts a NATS, with lines of its configuration, for this test alone."""
     with private(NATSServer, service_run) as start:
+        yield start
+
+
+@pytest.fixture
+def private_kafka(service_run: Run) -> Iterator[Callable[..., KafkaServer]]:
+    """`private_kafka()` starts a mock cluster for this test alone; it forgets its topics when it ends."""
+    with private(KafkaServer, service_run) as start:
         yield start

@@ -108,6 +108,12 @@ def test_what_ran_before_is_acknowledged(make: MakeHandler, error: Exception) ->
     assert make().settle(error) == Acknowledge()
 
 
+def test_what_only_a_person_can_mend_is_said(make: MakeHandler, caplog: pytest.LogCaptureFixture) -> None:
+    """The message comes again, and what to change is in the log each time."""
+    assert isinstance(make().settle(ConfigurationError("give session= a sessionmaker")), PutBack)
+    assert "give session= a sessionmaker" in caplog.text
+
+
 @pytest.mark.parametrize("error", [DuplicateError("of another call"), OutcomeError("of another call")], ids=repr)
 def test_what_the_handler_let_through_is_no_sign_that_it_ran_before(make: MakeHandler, error: Exception) -> None:
     """It called another idempotent function, and its own work was released: its message comes again (F31)."""
@@ -256,7 +262,7 @@ def test_a_set_up_that_is_wrong_is_logged_with_what_mends_it(
     """Its message comes again, and the event tells no more than the error's type."""
     with caplog.at_level(logging.ERROR, "idem_tasks"):
         assert isinstance(make().settle(ConfigurationError("give the engine to configure()")), PutBack)
-    assert caplog.messages == ["a message of orders could not be handled: give the engine to configure()"]
+    assert caplog.messages == ["a message of orders is not done: give the engine to configure()"]
 
 
 def test_delays_double_up_to_the_longest(make: MakeHandler) -> None:

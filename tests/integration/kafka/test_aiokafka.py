@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from idem_tasks import ConfigurationError, Idempotency, current_claim
 from idem_tasks.claims import State
 from idem_tasks.integrations.aiokafka import IdempotentConsumer
 from tests.integration.kafka.topics import SECONDS, Topic
+from tests.services.kafka_server import KafkaServer
 
 pytestmark = pytest.mark.asyncio
 
@@ -92,6 +94,62 @@ async def test_messages_run_once_and_are_committed(topic: Topic, idem: Idempoten
         "idem_tasks_error_type": b"ValueError",
         "idem_tasks_origin": f"{topic.name}:1:0".encode(),
     }
+    await idem.aclose()
+
+
+async def test_a_dead_letter_that_the_producer_refuses_is_none(
+    topic: Topic, idem: Idempotency, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried again, with an ERROR, and other partitions go on; one of nothing at all is taken."""
+    handled = []
+
+    async def handler(message: Any) -> None:
+        if message.partition != 2:
+            raise ValueError
+        handled.append(message.value)
+
+    topic.publish('{"order": 1}')
+    topic.producer.produce(topic.name, None, key=None, partition=1, headers={"nothing": None, "bytes": b"\xff"})
+    topic.producer.flush()
+    client = client_of(topic, value_deserializer=lambda value: value and json.loads(value))
+    async with (
+        AIOKafkaProducer(bootstrap_servers=topic.bootstrap) as producer,
+        consuming(
+            topic,
+            handler,
+            idempotency=idem,
+            client=client,
+            record_failures=(ValueError,),
+            dead_letter_topic=topic.dead,
+            producer=producer,
+        ),
+    ):
+        await until(lambda: caplog.text.count(f"{topic.name}:0:0 is no dead letter yet") == 2)
+        topic.publish('{"order": 2}', partition=2)
+        await until(lambda: (topic.committed(1), topic.committed(2)) == (1, 1))
+        assert topic.committed(0) == 0
+    assert handled == [{"order": 2}]
+    (dead,) = topic.dead_letters(1)
+    assert dict(dead.headers() or ())["bytes"] == b"\xff"
+    await idem.aclose()
+
+
+async def test_a_consumer_whose_brokers_are_gone_can_be_stopped(
+    private_kafka: Callable[..., KafkaServer], unique_name: str, idem: Idempotency
+) -> None:
+    """Its last commit is lost, which costs a replay."""
+    handled = []
+
+    async def handler(message: Any) -> None:
+        handled.append(message.value)
+
+    server = private_kafka()
+    topic = Topic(server.url, unique_name)
+    topic.publish("message")
+    async with consuming(topic, handler, idempotency=idem, commit_every=600.0):
+        await until(lambda: handled == [b"message"])
+        server.kill()
+    topic.close()
     await idem.aclose()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
@@ -36,8 +37,11 @@ def test_a_duplicate_is_replayed_whatever_its_key_comes_from(topic: Topic, idem:
         topic.publish("one", Idempotency_key="A-1")
         topic.publish("two", ce_source="/shop", ce_id="e-1")
     topic.publish("three")
-    with consuming(topic, handler, idempotency=idem):
-        wait_until(lambda: topic.committed() == 5, seconds=SECONDS, what="the commit")
+    nothing: list[Any] = [("Idempotency-Key", b"A-1"), ("Idempotency-Key", None), ("idempotency-key", b"")]
+    topic.producer.produce(topic.name, "one", partition=0, headers=nothing)
+    topic.producer.flush()
+    with consuming(topic, handler, idempotency=idem, buffer=1):
+        wait_until(lambda: topic.committed() == 6, seconds=SECONDS, what="the commit")
     assert keys == [(topic.scope, key) for key in ("A-1", "/shop e-1", f"{topic.name}:0:4")]
 
 
@@ -239,6 +243,33 @@ def test_a_handler_that_runs_through_a_rebalance_runs_once(
     assert "a commit came too late" in caplog.text
 
 
+def test_a_consumer_that_ends_fetches_nothing_more(topic: Topic, idem: Idempotency) -> None:
+    """Though its last handler is long, and its group gives it more partitions meanwhile."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def handler(_message: Message) -> None:
+        begun.set()
+        assert may_end.wait(SECONDS)
+
+    def partitions_of(consumer: IdempotentConsumer) -> list[int]:
+        return [partition.place[1] for partition in consumer._partitions]
+
+    with consuming(topic, handler, idempotency=idem) as ending:
+        with consuming(topic, handler, idempotency=idem):
+            wait_until(lambda: len(partitions_of(ending)) == 2, seconds=SECONDS, what="two of four partitions")
+            topic.publish("long", partition=partitions_of(ending)[0])
+            assert begun.wait(SECONDS)
+            ending.stop()
+        try:
+            wait_until(lambda: len(partitions_of(ending)) == 4, seconds=SECONDS, what="all partitions")
+            for number in range(4):
+                topic.publish("short", partition=number)
+            assert not may_end.wait(1.0)
+            assert [partition.waiting for partition in ending._partitions] == [0] * 4
+        finally:
+            may_end.set()
+
+
 def _commit_as_a_stranger(topic: Topic, idem: Idempotency) -> None:
     """As a consumer whose group has gone on without it, which a member's generation tells the broker."""
     client = Consumer(topic.config | {"enable.auto.commit": False})
@@ -296,7 +327,7 @@ def test_what_a_killed_consumer_had_begun_is_delivered_again(topic: Topic, postg
         ({}, {}, "group.id"),
         ({"group.id": "g"}, {"dead_letter_topic": "dead"}, "producer="),
         ({"group.id": "g"}, {"workers": 0}, "workers"),
-        ({"group.id": "g"}, {"batch": True, "batch_size": 101}, "no more than buffer"),
+        ({"group.id": "g"}, {"batch": True, "batch_size": 1001}, "no more than buffer"),
         ({"group.id": "g"}, {"batch": True, "watermark": True}, "leave out batch"),
         ({"group.id": "g"}, {"watermark": True}, "session="),
         ({"group.id": "g"}, {"watermark": True, "key": "{message}"}, "leave them out"),

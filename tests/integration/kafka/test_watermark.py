@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -113,6 +114,41 @@ def test_two_owners_of_a_partition_take_turns(idem: Idempotency, sessions: sessi
     assert read_rows(sessions) == Counter(["0:0", "0:1"])
 
 
+def test_a_handler_may_roll_back_the_first_message_of_a_partition(
+    idem: Idempotency, sessions: sessionmaker[Session]
+) -> None:
+    """What it writes afterwards is committed with the mark, which its rollback does not take away (F63)."""
+
+    def handler(message: Place, session: Session) -> None:
+        session.add(Row(name="undone"))
+        session.flush()
+        session.rollback()
+        write(message, session)
+
+    for offset in (0, 1, 0):
+        handler_of(idem, sessions, handler).function(("t", 0, offset))
+    assert read_rows(sessions) == Counter(["0:0", "0:1"])
+
+
+@pytest.mark.parametrize("url", ["postgres_url", "mariadb_url"], indirect=True)
+def test_new_partitions_do_not_wait_for_each_other(idem: Idempotency, sessions: sessionmaker[Session]) -> None:
+    """While the first message of one is at work, those of others are too."""
+    together = threading.Barrier(4)
+
+    def handler(message: Place, session: Session) -> None:
+        write(message, session)
+        session.flush()
+        together.wait(SECONDS)
+
+    task = handler_of(idem, sessions, handler)
+    idem.prepare()
+    with ThreadPoolExecutor(4) as pool:
+        ends = [pool.submit(task.function, ("t", number, 0)) for number in range(4)]
+        for end in ends:
+            end.result(SECONDS)
+    assert read_rows(sessions) == Counter(f"{number}:0" for number in range(4))
+
+
 def test_a_mark_that_was_moved_meanwhile_undoes_the_message(idem: Idempotency, sessions: sessionmaker[Session]) -> None:
     """Whose row was not locked any more commits nothing, and the message is looked at again (F1)."""
     table = watermarks_table()
@@ -201,6 +237,18 @@ def test_what_becomes_of_a_message(sqlite_url: str, caplog: pytest.LogCaptureFix
         homeless = handler_of(idem, sessions, write, on_error="dead_letter", missing_road="dead_letter_topic=")
         assert isinstance(homeless.settle(ValueError(), 0, "t:0:0", place, {}), PutBack)
         assert "give dead_letter_topic=" in caplog.text
+
+
+def test_what_only_a_person_can_mend_is_said(sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The message comes again, and what to change is in the log each time."""
+    message = ("t", 0, 0)
+    with Idempotency.from_urls(database_url=sqlite_url) as idem:
+        task = handler_of(idem, sessionmaker(create_engine("sqlite://")), write)
+        with pytest.raises(ConfigurationError) as raised:
+            task.function(message)
+        assert isinstance(task.settle(raised.value, 0, "t:0:0", (message,), {}), PutBack)
+    assert "t:0:0" in caplog.text
+    assert "idem-tasks init-db" in caplog.text
 
 
 def test_what_needs_a_record_is_refused(idem: Idempotency, sessions: sessionmaker[Session]) -> None:
