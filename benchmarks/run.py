@@ -22,7 +22,17 @@ from benchmarks.rows import Row, rows_of
 from benchmarks.servers import NotEmpty, started
 
 HERE = Path(__file__).parent
-MODULES = ("in_memory", "duplicates", "first_calls", "sessions", "at_once", "many", "through_celery", "peers")
+MODULES = (
+    "in_memory",
+    "duplicates",
+    "first_calls",
+    "table_size",
+    "sessions",
+    "at_once",
+    "many",
+    "through_celery",
+    "peers",
+)
 """Those of `cases/`, in the order of the document."""
 
 RECORDS_IN_QUICK = 1000
@@ -90,6 +100,7 @@ def main(arguments: list[str]) -> int:
             rows = measure_all(cases, servers, QUICK if given.quick else FULL)
             records = RECORDS_IN_QUICK if given.quick else record_size.RECORDS
             sizes = {} if given.only else sizes_of(servers, records)
+            facts |= {"load after the run": f"{os.getloadavg()[0]:.2f}, its own included"}
     except NotEmpty as error:
         print(error, file=sys.stderr)
         return 2

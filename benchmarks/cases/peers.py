@@ -31,7 +31,7 @@ NOTES = {
     FENCEKIT: "no renewal",
     CELERY_ONCE: "its lock alone: no outcome",
     IDEMKIT: "asyncio",
-    DBOS: "a workflow of one step",
+    DBOS: "a workflow",
 }
 
 

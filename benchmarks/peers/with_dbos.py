@@ -41,9 +41,9 @@ DBOS.launch()
 run(workflow, "A-1")
 serve(
     {
-        "first call": lambda: run(workflow, order()),
+        "first call, with a step": lambda: run(workflow, order()),
         "first call, without a step": lambda: run(workflow_without_a_step, order()),
-        "duplicate": lambda: run(workflow, "A-1"),
+        "duplicate, with a step": lambda: run(workflow, "A-1"),
     }
 )
 DBOS.destroy()
