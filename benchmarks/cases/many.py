@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
 from redis import Redis
 
-from benchmarks.by_hand.markers import LEASE_MILLISECONDS
+from benchmarks.by_hand.batches import BatchByHand
+from benchmarks.by_hand.markers import LEASE_MILLISECONDS, RedisMarkers
 from benchmarks.by_hand.protocol import LEASE, running_marker
 from benchmarks.by_hand.records import PostgresRecords
 from benchmarks.case import case
@@ -93,26 +94,33 @@ for _claims in (1, 100, 10_000):
 
 def batch(number: int, place: Place) -> Iterator[dict[str, Way | Absent]]:
     """Run a handler for so many messages at once, and for the same number one after another."""
-    with ours(place.postgres, place.redis) as idempotency:
+    with (
+        ours(place.postgres, place.redis) as idempotency,
+        closing(PostgresRecords(place.postgres)) as records,
+        closing(RedisMarkers(place.redis)) as markers,
+    ):
+        records.create()
         order = new_orders()
 
-        def messages() -> list[dict[str, Any]]:
-            return [{"order_id": order(), "amount": AMOUNT} for _ in range(number)]
+        def orders() -> list[tuple[str, int]]:
+            return [(order(), AMOUNT) for _ in range(number)]
+
+        def charge_all(several: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+            return [charge(*each) for each in several]
 
         def one_at_a_time() -> None:
-            for message in messages():
-                idempotency.run(charge, scope="bench", key=message["order_id"], **message)
-
-        def together() -> None:
-            run_batch(charge_all, messages(), scope="bench", key="{message[order_id]}")
-
-        def charge_all(several: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return [charge(**message) for message in several]
+            for order_id, amount in orders():
+                idempotency.run(charge, order_id, amount, scope="bench", key=order_id)
 
         run_batch: Any = getattr(idempotency, "run_batch", None)
+        together = partial(run_batch, charge_all) if run_batch else None
+        by_hand = BatchByHand(charge_all, records, markers)
         yield {
-            "ours": Absent("this version has no batches") if run_batch is None else Here(together),
-            "one at a time": Here(one_at_a_time),
+            "ours": Here(lambda: together(orders(), scope="bench", key="{message[0]}"))
+            if together
+            else Absent("this version has no batches"),
+            "by hand": Here(lambda: by_hand(orders())),
+            "ours, one at a time": Here(one_at_a_time),
         }
 
 
@@ -121,7 +129,6 @@ for _messages in (10, 100, 1000):
         BATCHES,
         f"{_messages:,} messages",
         needs=("redis", "postgres"),
-        floor="one at a time",
         turn=1,
         calls=_messages,
         in_quick=_messages < 1000,
