@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import plots, table
 from benchmarks.case import Case
-from benchmarks.counting import Count
+from benchmarks.counting import Count, count
 from benchmarks.measuring import Absent, Effort, Here, Measured, Times, Way, measure
 from benchmarks.place import Place
 from benchmarks.rows import Row, rows_of
@@ -75,6 +75,12 @@ def test_cases_without_a_server_run(case: Case, tmp_path: Path) -> None:
     assert {row.way for row in rows} >= {"ours", case.floor}
     assert [row.ratio for row in rows if row.way == case.floor] == [1.0]
     assert all(row.median and row.ratio and not row.absent for row in rows)
+
+
+def test_what_no_server_hears_counts_nothing(tmp_path: Path) -> None:
+    """In memory there are no round trips and no commits."""
+    counts = count(HERE_ALONE[0], Place(tmp_path))
+    assert counts["ours"] == Count(redis=0, sql=0, commits=0)
 
 
 def test_a_server_that_is_not_there_is_a_row_that_says_so(tmp_path: Path) -> None:
