@@ -1,4 +1,4 @@
-.PHONY: help demo test check services prove chaos
+.PHONY: help demo test check services prove chaos bench
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
@@ -20,3 +20,6 @@ prove: ## go through every interleaving and crash point, and break the protocol 
 
 chaos: ## break workers, brokers and stores, and count what was lost: make chaos SECONDS=600 SEED=7
 	@sh scripts/chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED))
+
+bench: ## measure calls beside the same by hand and beside peers; in five minutes: make bench QUICK=1
+	@QUICK=$(QUICK) sh scripts/bench

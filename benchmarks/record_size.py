@@ -38,13 +38,13 @@ def request(number: int) -> ClaimRequest:
     return ClaimRequest("shop.tasks.charge", f"order-{number:010}", "f" * 64, new_owner(), Policy(), "web-3:812 task")
 
 
-def size_of_records(url: str) -> float:
+def size_of_records(url: str, records: int = RECORDS) -> float:
     """Return bytes for each record, with its indexes."""
     engine = create_engine(url)
     dialect = "mysql" if engine.dialect.name == "mariadb" else engine.dialect.name
     store = SQLStore(url, table_prefix=PREFIX, create_schema=True)
     try:
-        for number in range(RECORDS):
+        for number in range(records):
             granted = run_sync(store.claim(request(number)))
             assert isinstance(granted, Granted)
             if number % 10 == 0:
@@ -54,7 +54,7 @@ def size_of_records(url: str) -> float:
             if dialect == "mysql":
                 connection.execute(text(f"ANALYZE TABLE {PREFIX}records"))
             size: int = connection.execute(SIZES[dialect], {"name": f"{PREFIX}records"}).scalar_one()
-            return size / RECORDS
+            return size / records
     finally:
         run_sync(store.close())
         made = MetaData()
@@ -63,17 +63,17 @@ def size_of_records(url: str) -> float:
         engine.dispose()
 
 
-def size_of_markers(url: str) -> float:
+def size_of_markers(url: str, records: int = RECORDS) -> float:
     """Return bytes of memory for each marker."""
     client = redis.Redis.from_url(url)
     store = RedisStore(url, prefix=PREFIX)
     used = client.info("memory")["used_memory"]
     try:
-        for number in range(RECORDS):
+        for number in range(records):
             asked = request(number)
             run_sync(store.take(asked))
             run_sync(store.publish(asked, Finished(OUTCOME, asked.fingerprint, 3600.0, 1), 3600.0))
-        return float(client.info("memory")["used_memory"] - used) / RECORDS
+        return float(client.info("memory")["used_memory"] - used) / records
     finally:
         for key in client.scan_iter(f"{PREFIX}*", count=1000):
             client.delete(key)
