@@ -186,7 +186,13 @@ class IdempotentConsumer:
         try:
             await self._commit()
         finally:
-            await self._client.stop()
+            try:
+                await self._client.stop()
+            except (KafkaError, asyncio.CancelledError) as error:
+                own = asyncio.current_task()
+                if own is not None and own.cancelling():
+                    raise  # else it is that of the client's own task, which it cancelled
+                logger.warning("the client did not leave its group in good order: %s", type(error).__name__)
 
     # Messages in
 
