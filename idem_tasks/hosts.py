@@ -96,14 +96,15 @@ SETTLES_MESSAGES = "settles_messages"
 
 def refuse_wrong_order(target: object) -> None:
     """Raise `ConfigurationError` if `target` is a framework's object, which has to be made of the decorated one."""
+    _load_integrations()
+    for refusal in _refusals:
+        refusal(target)
+    # After them: to ask a lazy task of Celery would make it, and with it the configuration of its app.
     if getattr(target, SETTLES_MESSAGES, False) is True:
         raise ConfigurationError(
             "this is a callback that settles messages: put the decorator under @idempotent_callback, or give its "
             "keywords to that; over it, a duplicate would be replayed and its message never settled"
         )
-    _load_integrations()
-    for refusal in _refusals:
-        refusal(target)
 
 
 def _load_integrations() -> None:

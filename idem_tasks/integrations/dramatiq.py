@@ -120,7 +120,7 @@ _current: ContextVar[_Delivery | None] = ContextVar("idem_tasks_dramatiq_deliver
 
 def refuse_actor(target: object) -> None:
     """Raise `ConfigurationError` for an actor: the decorators are in the wrong order."""
-    if isinstance(target, dramatiq.Actor):
+    if issubclass(type(target), dramatiq.Actor):  # isinstance would make a lazy task of Celery's
         raise ConfigurationError(_RIGHT_ORDER)
 
 

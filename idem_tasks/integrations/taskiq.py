@@ -157,7 +157,7 @@ def _announce(delivery: _Delivery, error: BaseException, name: EventName, **deta
 
 def refuse_task(target: object) -> None:
     """Raise `ConfigurationError` for a Taskiq task: the decorators are in the wrong order."""
-    if isinstance(target, AsyncTaskiqDecoratedTask):
+    if issubclass(type(target), AsyncTaskiqDecoratedTask):  # isinstance would make a lazy task of Celery's
         raise ConfigurationError(_RIGHT_ORDER)
 
 
