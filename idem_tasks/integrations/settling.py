@@ -212,6 +212,10 @@ class MessageHandler:
                 log_our_own(error, origin)
         elif self._raised_by_handler(error):
             _logger.error("the handler of a message of %s raised", origin, exc_info=error)
+        elif (
+            isinstance(error, Exception) and error.__traceback__ is None
+        ):  # in the place of its outcome: a handler of batches
+            _logger.error("the handler of a message of %s returned an exception for it", origin, exc_info=error)
         elif self._has_no_key(error):
             _logger.error("no key could be taken from a message of %s", origin, exc_info=error)
         elif isinstance(error, Exception):

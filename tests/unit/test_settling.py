@@ -256,6 +256,13 @@ def test_what_keeps_a_handler_from_being_called_is_logged(
         assert settlement.reason == "invalid_key"
 
 
+def test_what_a_handler_of_batches_returned_is_logged(make: MakeHandler, caplog: pytest.LogCaptureFixture) -> None:
+    """An exception in the place of an outcome was never raised; it is the handler's all the same."""
+    with caplog.at_level(logging.ERROR, "idem_tasks"):
+        assert isinstance(make().settle(ValueError("no such order")), PutBack)
+    assert caplog.messages == ["the handler of a message of orders returned an exception for it"]
+
+
 def test_a_set_up_that_is_wrong_is_logged_with_what_mends_it(
     make: MakeHandler, caplog: pytest.LogCaptureFixture
 ) -> None:
