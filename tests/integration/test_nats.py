@@ -125,13 +125,21 @@ async def test_a_message_that_was_published_twice_is_charged_once(shop: Shop) ->
 
 async def test_messages_of_a_pull_subscription_are_settled_too(shop: Shop) -> None:
     """A fetched message is given to the same callback."""
+    release = asyncio.Event()
+
+    async def slow(message: Msg) -> str:
+        await release.wait()
+        return await shop.charge(message)
+
     subscription = await shop.js.pull_subscribe(f"{shop.stream}.orders", durable=DURABLE)
-    callback = shop.callback(shop.charge)
+    callback = shop.callback(slow)
     for key in ("k-1", "k-1", "k-2"):
         await shop.publish(Idempotency_Key=key)
     messages = await subscription.fetch(3, timeout=5)
-    await asyncio.gather(*map(callback, messages))
-    (again,) = await subscription.fetch(1, timeout=5)  # it met the other in progress
+    running = asyncio.gather(*map(callback, messages))
+    (again,) = await subscription.fetch(1, timeout=10)  # it met the other in progress
+    release.set()
+    await running
     await callback(again)
     await shop.until_done(3)
     assert shop.begun == ["A-1", "A-1"]
