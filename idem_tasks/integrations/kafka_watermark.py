@@ -197,7 +197,7 @@ class WatermarkHandler:
             await transaction.begin()
             await services.runtime.invoke(self._handler, (message,), session.passed({}, transaction.session))
             await transaction.commit(EncodedOutcome())
-        except BaseException:
+        except BaseException:  # whatever struck: half of what the handler wrote must not go back to the pool
             await transaction.roll_back(throw_away=False)
             raise
         finally:

@@ -197,7 +197,7 @@ class GuardedTransaction(UnfencedTransaction):
 
     def _see(self, sql: Statements, connection: Connection) -> bool:
         """Do what the transaction begins with; False if it does not see there what is ours."""
-        raise NotImplementedError
+        raise NotImplementedError  # records see their leases, a mark its partition: each kind below has its own
 
     def _begin(self, session: Session) -> tuple[bool, str]:
         """Begin; tell whether it sees what is ours, and where it is bound to."""
