@@ -75,9 +75,9 @@ class Worker:
     def pause(self) -> list[int]:
         """Stop the whole tree where it is; returns its pids."""
         # The parent first, so that it makes no child that would be missed.
-        reaper.send(signal.SIGSTOP, self._family()[:1])
+        reaper.pause(self._family()[:1])
         family = self._family()
-        reaper.send(signal.SIGSTOP, family)
+        reaper.pause(family)
         return [process.pid for process in family]
 
     def resume(self) -> None:

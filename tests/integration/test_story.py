@@ -22,7 +22,7 @@ from idem_tasks.testing import Driver
 from tests.unit.scripted import Scripted
 
 SCOPE = "shop.charge"
-SHORT = 0.5
+SHORT = 1.2
 """Seconds of a lease that is waited out, or renewed several times."""
 
 

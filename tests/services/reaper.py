@@ -57,6 +57,20 @@ def send(signal_number: int, processes: list[psutil.Process]) -> None:
             process.send_signal(signal_number)
 
 
+def pause(processes: list[psutil.Process]) -> None:
+    """Return once all of them stand still: a signal is sent before it is heard, and a thread may answer meanwhile."""
+    send(signal.SIGSTOP, processes)
+    deadline = time.monotonic() + GRACE
+    while any(is_going(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def is_going(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    return False
+
+
 def stop(servers: list[tuple[psutil.Process, int]], *, grace: float) -> None:
     """Ask each server to stop, wait, and kill those that did not, with their children."""
     families = [member for process, _ in servers for member in family(process)]

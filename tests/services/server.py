@@ -104,7 +104,7 @@ class Server:
 
     def pause(self) -> None:
         """Let it hang: connections stay open, nothing is answered."""
-        reaper.send(signal.SIGSTOP, reaper.family(self._running()))
+        reaper.pause(reaper.family(self._running()))
 
     def resume(self) -> None:
         reaper.send(signal.SIGCONT, reaper.family(self._running()))

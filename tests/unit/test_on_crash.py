@@ -349,11 +349,11 @@ def test_a_coroutine_function_is_stopped_after_a_lease() -> None:
         return order
 
     async def deliver() -> None:
-        dead = idem.aclaim(scope="s", key="A-1", lease=0.1, max_hold=0.1)
+        dead = idem.aclaim(scope="s", key="A-1", lease=0.6, max_hold=0.6)
         await dead.__aenter__()
         await idem.aclose()
-        await asyncio.sleep(0.2)
-        await idem.arun(charge, "A-1", scope="s", key="A-1", policy=Policy(on_crash=ask, lease=0.1), fingerprint=None)
+        await asyncio.sleep(1.3)  # it is renewed until its max_hold is over
+        await idem.arun(charge, "A-1", scope="s", key="A-1", policy=Policy(on_crash=ask, lease=0.6), fingerprint=None)
 
     with pytest.raises(InDoubtError, match="raised TimeoutError"):
         asyncio.run(asyncio.wait_for(deliver(), 20))

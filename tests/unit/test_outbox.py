@@ -426,7 +426,7 @@ def test_an_outcome_that_waits_in_a_marker_keeps_its_messages(
         return publish("a", "b")
 
     with pytest.raises(StoreUnavailableError):
-        run(idem, handler, lease=0.3)
+        run(idem, handler, lease=1.0)
     idem.services("blocking").heartbeat.forget_all()  # as if this process had ended
     assert idem.relay().left == 0
     record.is_away = False
@@ -481,7 +481,7 @@ def test_without_its_store_it_sends_at_its_end(post: Post) -> None:
     idem = Idempotency(store=store, senders={"mail": post}, observers=[])
     assert run(idem, publish, "a", on_store_unavailable="run") == "done"
     store.is_away = False
-    assert run(idem, publish, "b", on_store_unavailable="run", lease=0.3) == "done"
+    assert run(idem, publish, "b", on_store_unavailable="run", lease=1.0) == "done"
     assert post.bodies == ["a", "b"]
 
 

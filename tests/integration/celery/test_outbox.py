@@ -104,8 +104,8 @@ def test_killed_after_the_send_it_is_sent_twice_and_runs_once(own_shop: Callable
     with relaying(shop) as idempotency:
         assert relayed(idempotency) == RelayReport(sent=1, failed=0, left=0)
     key = f"{unique_name}-0"
+    [first, second] = [shop.ledger.wait(what, key)[0].details for what in ("started", "seen")]
     shop.ledger.wait("replayed", key)
-    [first, second] = [shop.ledger.rows(what, key)[0].details for what in ("started", "seen")]
     # By whom and from where it was sent is not of the task.
     same = first.keys() & second.keys() - {"attempt", "amount", "origin", "reply_to", "ignore_result"}
     assert {name: first[name] for name in same} == {name: second[name] for name in same}

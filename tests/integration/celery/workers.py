@@ -64,7 +64,7 @@ class Worker:
         self.process.wait(timeout=10)
 
     def pause(self) -> None:
-        reaper.send(signal.SIGSTOP, self.family())
+        reaper.pause(self.family())
 
     def resume(self) -> None:
         reaper.send(signal.SIGCONT, self.family())

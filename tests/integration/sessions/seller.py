@@ -17,8 +17,8 @@ from idem_tasks.runtime import run_sync
 from idem_tasks.testing import Driver
 
 SCOPE = "seller.order"
-SHORT = 0.5
-"""Seconds of a lease that is waited out."""
+SHORT = 1.5
+"""Seconds of a lease that is waited out, and within which a busy machine still grants it."""
 
 Body = Callable[..., Any]
 """What a handler does, as a plain function of a session."""
