@@ -32,6 +32,7 @@ from idem_tasks.claims import (
 from idem_tasks.stores.base import MarkerPending
 from idem_tasks.stores.schema import ERROR_MESSAGE_CHARACTERS, NAME_CHARACTERS, TRACEPARENT_CHARACTERS
 from idem_tasks.stores.sql_audit import change, entry_for, storable
+from idem_tasks.stores.sql_execution import fetch, write
 from idem_tasks.stores.sql_relay import insert_messages, message_arrays
 from idem_tasks.stores.sql_renewals import renew, transaction
 from idem_tasks.stores.sql_statements import ENDED, FENCED, PURGEABLE, AnyRow, Statements
@@ -60,8 +61,7 @@ def claim(sql: Statements, connection: Connection, request: ClaimRequest) -> Cla
 
 def _claim_or_read(sql: Statements, connection: Connection, request: ClaimRequest) -> AnyRow | None:
     """Insert a running record unless there is one; return what is there now, None if it comes or goes just now."""
-    result = connection.execute(sql.claim, place(request.scope, request.key) | granting(request))
-    row = result.one_or_none() if result.returns_rows else None
+    row = fetch(connection, sql.claim, place(request.scope, request.key) | granting(request))
     return row or _read(sql, connection, request.scope, request.key)
 
 
@@ -133,13 +133,11 @@ def _take_over(sql: Statements, connection: Connection, request: ClaimRequest, r
         lease = _next_lease(request, row, attempts=row.attempts + 1, crashes=crashes, taken_over=True)
         return Granted(lease) if _take(connection, sql.take, lease, row) else None
     new = {"new_state": state, "new_crashes": crashes}
-    return (
-        answer if _is_written(connection, sql.set_aside, place(request.scope, request.key) | seen(row) | new) else None
-    )
+    return answer if write(connection, sql.set_aside, place(request.scope, request.key) | seen(row) | new) else None
 
 
 def _take(connection: Connection, statement: Update, lease: Lease, row: AnyRow) -> bool:
-    return _is_written(connection, statement, _taking(lease, row))
+    return write(connection, statement, _taking(lease, row))
 
 
 def _taking(lease: Lease, row: AnyRow) -> dict[str, Any]:
@@ -234,10 +232,10 @@ def write_finish(sql: Statements, connection: Connection, lease: Lease, outcome:
 
 def _write(sql: Statements, connection: Connection, values: dict[str, Any], outcome: EncodedOutcome) -> bool:
     if not outcome.messages:
-        return _is_written(connection, sql.finish, values)
+        return write(connection, sql.finish, values)
     if sql.kind == "postgresql":
         return connection.execute(sql.outbox.finish, values | message_arrays(outcome.messages)).rowcount > 0
-    if not _is_written(connection, sql.finish, values):
+    if not write(connection, sql.finish, values):
         return False
     insert_messages(sql, connection, outcome.messages)
     return True
@@ -326,7 +324,7 @@ def release(sql: Statements, connection: Connection, lease: Lease, release: Rele
         "new_error_type": storable(release.error_type, NAME_CHARACTERS),
         "new_error_message": storable(release.error_message, ERROR_MESSAGE_CHARACTERS),
     }
-    if _is_written(connection, sql.release, place(lease.scope, lease.key) | fence(lease) | new):
+    if write(connection, sql.release, place(lease.scope, lease.key) | fence(lease) | new):
         return Released(state)
     row = _read(sql, connection, lease.scope, lease.key)
     if row is None:
@@ -383,7 +381,7 @@ def granting(request: ClaimRequest) -> dict[str, Any]:
 def ended(outcome: EncodedOutcome) -> dict[str, Any]:
     """Return the parameters that write an outcome."""
     return {
-        "new_state": outcome.state,
+        "new_state": outcome.state.value,
         "new_outcome": outcome.body,
         "new_codec": outcome.codec,
         "new_not_kept": outcome.not_kept,
@@ -416,11 +414,7 @@ def _obeys(row: AnyRow, claim: Lease | MarkerPending) -> bool:
 
 
 def _read(sql: Statements, connection: Connection, scope: str, key: str) -> AnyRow | None:
-    return connection.execute(sql.read, place(scope, key)).one_or_none()
-
-
-def _is_written(connection: Connection, statement: Update, values: dict[str, Any]) -> bool:
-    return connection.execute(statement, values).rowcount == 1
+    return fetch(connection, sql.read, place(scope, key))
 
 
 def _finished(row: AnyRow) -> Finished:

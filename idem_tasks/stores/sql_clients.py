@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from idem_tasks.errors import ConfigurationError, IdemTasksError
 from idem_tasks.runtime import interruption_in
 from idem_tasks.stores.base import RuntimeName
+from idem_tasks.stores.sql_execution import BY_DRIVER
 from idem_tasks.stores.sql_urls import BACKENDS, LOCK_TIMEOUT, parse_url, shown, target
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _ENGINE_OPTIONS: dict[str, Any] = {
     # Else each statement is followed by the round trip of a ROLLBACK that has nothing to roll back.
     "skip_autocommit_rollback": True,
     "hide_parameters": True,
+    "execution_options": {BY_DRIVER: True},
 }
 
 

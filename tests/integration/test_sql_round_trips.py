@@ -299,17 +299,23 @@ def test_sqlite(sqlite_url: str, runtime: RuntimeName) -> None:
     """On SQLite each case takes what the budget says, and a duplicate writes nothing."""
     statements: list[str] = []
 
-    def remember(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+    def remember(statement: str) -> None:
         if "data_version" not in statement:
             statements.append(statement)
 
-    event.listen(Engine, "before_cursor_execute", remember)
+    def trace(connection: Any, _record: object) -> None:
+        if hasattr(connection, "run_async"):
+            connection.run_async(lambda driver: driver.set_trace_callback(remember))
+        else:
+            connection.set_trace_callback(remember)
+
+    event.listen(Engine, "connect", trace)
     try:
         with in_use(sqlite_url, runtime) as use, watching(sqlite_url) as watcher:
             version = text("PRAGMA data_version")
             counts = counted(use, lambda: len(statements), lambda: watcher.execute(version).scalar_one())
     finally:
-        event.remove(Engine, "before_cursor_execute", remember)
+        event.remove(Engine, "connect", trace)
     assert counts == SQLITE
 
 
