@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable
-from enum import Enum
 from functools import cache
 from typing import Any
 
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine.default import DefaultDialect
-from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.dml import UpdateBase
 
 from idem_tasks.claims import EncodedOutcome, Lease
 from idem_tasks.errors import ConfigurationError
 from idem_tasks.stores.sql_claims import finishing
+from idem_tasks.stores.sql_execution import Prepared
 from idem_tasks.stores.sql_relay import batches_of
 from idem_tasks.stores.sql_statements import Kind, statements_for
 
@@ -53,46 +51,22 @@ def write_finish_in(connection: Any, schema: str | None, prefix: str, lease: Lea
     style = "qmark" if kind == "sqlite" and not is_django else "format"
     place = (kind, schema, prefix, style)
     with contextlib.closing(connection.cursor()) as cursor:
-        _execute(cursor, _finish(*place), finishing(lease, outcome))
+        _finish(*place).execute(cursor, finishing(lease, outcome))
         if cursor.rowcount != 1:
             return False
         for batch, values in batches_of(outcome.messages):
-            _execute(cursor, _insert(*place, len(batch)), values)
+            _insert(*place, len(batch)).execute(cursor, values)
         return True
 
 
-def _execute(cursor: Any, compiled: SQLCompiler, given: dict[str, Any]) -> None:
-    values = compiled.construct_params(given)
-    processors: Any = compiled._bind_processors  # noqa: SLF001 - what an execution by SQLAlchemy itself goes by
-    bound = [
-        _plain(processors[name](values[name]) if name in processors else values[name]) for name in _order(compiled)
-    ]
-    cursor.execute(str(compiled), bound)
+@cache
+def _finish(kind: Kind, schema: str | None, prefix: str, style: str) -> Prepared:
+    return Prepared(statements_for(kind, schema, prefix).finish, _DIALECTS[kind](paramstyle=style))
 
 
 @cache
-def _finish(kind: Kind, schema: str | None, prefix: str, style: str) -> SQLCompiler:
-    return _compiled(statements_for(kind, schema, prefix).finish, kind, style)
-
-
-@cache
-def _insert(kind: Kind, schema: str | None, prefix: str, style: str, number: int) -> SQLCompiler:
-    return _compiled(statements_for(kind, schema, prefix).outbox.insert(number), kind, style)
-
-
-def _compiled(statement: UpdateBase, kind: Kind, style: str) -> SQLCompiler:
-    compiled = statement.compile(dialect=_DIALECTS[kind](paramstyle=style))
-    assert isinstance(compiled, SQLCompiler)
-    return compiled
-
-
-def _order(compiled: SQLCompiler) -> list[str]:
-    assert compiled.positiontup is not None
-    return compiled.positiontup
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
+def _insert(kind: Kind, schema: str | None, prefix: str, style: str, number: int) -> Prepared:
+    return Prepared(statements_for(kind, schema, prefix).outbox.insert(number), _DIALECTS[kind](paramstyle=style))
 
 
 def _kind_of(connection: Any) -> tuple[Kind, bool]:
