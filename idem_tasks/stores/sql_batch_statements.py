@@ -7,12 +7,15 @@ in Python (measured with 100 records of 8 fields: 0.34 ms against 0.59 ms as bin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    Dialect,
     Executable,
     Float,
     LargeBinary,
@@ -35,6 +38,9 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.sql.expression import FromClause
 from sqlalchemy.types import TypeEngine
 
+from idem_tasks.claims import State
+from idem_tasks.stores.sql_clock import Seconds
+
 if TYPE_CHECKING:
     from idem_tasks.stores.sql_statements import Statements
 
@@ -52,6 +58,7 @@ _FINISH = (
     "new_attention",
     "retention",
 )
+_RENEW = (*_FENCE, "lease")
 """The fields of each object: the names of the parameters that `sql_claims` makes for one record."""
 
 _SECONDS = ("lease", "lifetime", "retention")
@@ -91,6 +98,9 @@ class BatchStatements:
         if sql.kind != "sqlite":
             self.finish = self._finishing()
             """Writes outcomes under their fences; returns the owners of those written, or (MariaDB, MySQL) counts."""
+        if sql.kind in ("postgresql", "sqlite"):
+            self.renew = self._renewing()
+            """Extends leases past what is locked; returns the owners of those extended."""
 
     def _reading(self) -> Select[Any]:
         members = _Members(self._kind, _PLACE)
@@ -154,6 +164,28 @@ class BatchStatements:
         joined = members.rows.join(self._table, self._at_fence(members), isouter=True)
         return update(joined).values({c[name]: value for name, value in ended.items()})
 
+    def _renewing(self) -> Executable:
+        members = _Members(self._kind, _RENEW)
+        c = self._columns
+        claimed = and_(
+            members.at_place(c),
+            c.fencing_token == members.given("seen_token"),
+            c.owner == members.given("seen_owner"),
+            c.state == State.RUNNING,
+        )
+        if self._kind == "sqlite":
+            renewed = self._sql.renewed(members.given("lease"))
+            return update(self._table).where(claimed).values(renewed).returning(c.owner)
+        free = (
+            select(c.scope, c.key, members.given("lease").label("lease"))
+            .join(members.rows, claimed)
+            .order_by(c.scope, c.key)
+            .with_for_update(of=self._table, skip_locked=True)
+            .cte("free")
+        )
+        renewal = update(self._table).where(c.scope == free.c.scope, c.key == free.c.key)
+        return renewal.values(self._sql.renewed(free.c.lease)).returning(c.owner)
+
     def _beginning(self) -> Executable:
         members = _Members(self._kind, _FENCE)
         c = self._columns
@@ -200,6 +232,19 @@ class _Members:
     def at_place(self, columns: Any) -> ColumnElement[bool]:
         """Tell which record it is."""
         return and_(columns.scope == self.given("at_scope"), columns.key == self.given("at_key"))
+
+
+def members_of(values: Sequence[dict[str, Any]], dialect: Dialect) -> dict[str, Any]:
+    """Return the parameter that stands for these parameters of many records."""
+    if dialect.name != "postgresql":  # which takes seconds as they are
+        for each in values:
+            each |= {name: _duration(each[name], dialect) for name in _SECONDS if name in each}
+    return {"members": _json(values).decode()}
+
+
+_duration = Seconds().process_bind_param
+_json = msgspec.json.Encoder().encode
+"""Writes bytes in base64, as the statements read them."""
 
 
 _BYTES = (*_PLACE, "seen_owner", "new_owner")

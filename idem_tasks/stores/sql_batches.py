@@ -10,10 +10,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import msgspec
 from sqlalchemy import Connection
 
 from idem_tasks.claims import ClaimAnswer, ClaimRequest, EncodedOutcome, Finished, Granted, Lease, Lost, Recorded
+from idem_tasks.stores.sql_batch_statements import members_of
 from idem_tasks.stores.sql_claims import (
     fence,
     finishing,
@@ -26,7 +26,6 @@ from idem_tasks.stores.sql_claims import (
     place,
     write_finish,
 )
-from idem_tasks.stores.sql_clock import Seconds
 from idem_tasks.stores.sql_renewals import transaction
 from idem_tasks.stores.sql_statements import AnyRow, Statements
 
@@ -37,19 +36,14 @@ _BYTES_AT_ONCE = 4_000_000
 """Of outcomes in one statement, unless one alone has more: MariaDB and MySQL refuse what is larger than their
 max_allowed_packet, 16 MB by default, and base64 makes a third more of them."""
 
-_SECONDS = ("lease", "lifetime", "retention")
-
 Place = tuple[str, str]
 Finish = tuple[Lease, EncodedOutcome]
-
-_json = msgspec.json.Encoder().encode
-"""Writes bytes in base64, as the statements read them."""
 
 
 def claim(sql: Statements, connection: Connection, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | None]:
     """Claim these records by one statement (MySQL, and SQLite where one was there: by two), and read no other one."""
     values = [place(request.scope, request.key) | granting(request) for request in requests]
-    result = connection.execute(sql.batches.claim, _members(connection, values))
+    result = connection.execute(sql.batches.claim, members_of(values, connection.dialect))
     found = _by_place(result.all() if result.returns_rows else ())
     missing = [(request.scope, request.key) for request in requests if (request.scope, request.key) not in found]
     if missing and sql.kind != "postgresql":
@@ -91,7 +85,7 @@ def write_finishes(sql: Statements, connection: Connection, finished: Sequence[F
 
 def _write_together(sql: Statements, connection: Connection, finished: Sequence[Finish]) -> frozenset[str]:
     """Write the outcomes by one statement, and return the owners of those whose fence held."""
-    values = _members(connection, [finishing(lease, outcome) for lease, outcome in finished])
+    values = members_of([finishing(lease, outcome) for lease, outcome in finished], connection.dialect)
     result = connection.execute(sql.batches.finish, values)
     if result.returns_rows:
         return frozenset(result.scalars())
@@ -121,7 +115,7 @@ def cut(finished: Sequence[Finish]) -> Iterator[Sequence[Finish]]:
 
 def are_seen(sql: Statements, connection: Connection, leases: Sequence[Lease]) -> bool:
     """Tell, as the first statement of a transaction of the user's, whether it sees all records under these leases."""
-    values = _members(connection, [place(lease.scope, lease.key) | fence(lease) for lease in leases])
+    values = members_of([place(lease.scope, lease.key) | fence(lease) for lease in leases], connection.dialect)
     if len(leases) == 1:
         return is_seen(sql, connection, leases[0])
     if sql.kind == "postgresql":
@@ -132,7 +126,7 @@ def are_seen(sql: Statements, connection: Connection, leases: Sequence[Lease]) -
 
 def look(sql: Statements, connection: Connection, leases: Sequence[Lease]) -> list[Recorded | Finished | Lost | None]:
     """Tell of each how a transaction under these leases ended, once it has, as `sql_claims.look` does for one."""
-    values = _members(connection, [place(lease.scope, lease.key) for lease in leases])
+    values = members_of([place(lease.scope, lease.key) for lease in leases], connection.dialect)
     found = _by_place(connection.execute(sql.batches.read_settled, values).all())
     return [how_it_ended(found.get((lease.scope, lease.key)), lease) for lease in leases]
 
@@ -141,19 +135,10 @@ def look(sql: Statements, connection: Connection, leases: Sequence[Lease]) -> li
 
 
 def _read(sql: Statements, connection: Connection, places: Sequence[Place]) -> dict[Place, AnyRow]:
-    return _by_place(connection.execute(sql.batches.read, _members(connection, [place(*each) for each in places])))
+    return _by_place(
+        connection.execute(sql.batches.read, members_of([place(*each) for each in places], connection.dialect))
+    )
 
 
 def _by_place(rows: Any) -> dict[Place, AnyRow]:
     return {(row[0], row[1]): row for row in rows}
-
-
-def _members(connection: Connection, values: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the parameter that stands for these parameters of many records."""
-    if connection.dialect.name != "postgresql":  # which takes seconds as they are
-        for each in values:
-            each |= {name: _duration(each[name], connection.dialect) for name in _SECONDS if name in each}
-    return {"members": _json(values).decode()}
-
-
-_duration = Seconds().process_bind_param

@@ -53,12 +53,7 @@ class Seconds(types.TypeDecorator[float]):
         """Convert it."""
         if value is None or dialect.name == "postgresql":
             return value
-        return sqlite_modifier(value) if dialect.name == "sqlite" else round(value * 1_000_000)
-
-
-def sqlite_modifier(seconds: float) -> str:
-    """Return the modifier by which SQLite's date functions add these seconds."""
-    return f"{seconds:+.3f} seconds"
+        return f"{value:+.3f} seconds" if dialect.name == "sqlite" else round(value * 1_000_000)
 
 
 class now(FunctionElement[Any]):  # noqa: N801 (reads as the SQL function it is)

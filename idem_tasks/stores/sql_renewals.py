@@ -6,7 +6,6 @@ stop every other renewal of the process (F46).
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from idem_tasks.claims import Lease
-from idem_tasks.stores.sql_clock import sqlite_modifier
+from idem_tasks.stores.sql_batch_statements import members_of
 from idem_tasks.stores.sql_statements import Statements
 
 _MYSQL_BATCH = 500
@@ -30,22 +29,19 @@ def renew(sql: Statements, connection: Connection, leases: Sequence[Lease]) -> f
     """
     if not leases:
         return frozenset()
-    if sql.kind == "postgresql":
-        arrays = {
-            "scopes": [lease.scope for lease in leases],
-            "keys": [lease.key for lease in leases],
-            "tokens": [lease.fencing_token for lease in leases],
-            "owners": [lease.owner for lease in leases],
-            "leases": [lease.policy.lease for lease in leases],
+    if sql.kind in ("mariadb", "mysql"):
+        return frozenset(_renew_in_transactions(sql, connection, leases))
+    wanted = [
+        {
+            "at_scope": lease.scope,
+            "at_key": lease.key,
+            "seen_token": lease.fencing_token,
+            "seen_owner": lease.owner,
+            "lease": lease.policy.lease,
         }
-        return frozenset(connection.execute(sql.renew, arrays).scalars())
-    if sql.kind == "sqlite":
-        wanted = [
-            (lease.scope, lease.key, lease.fencing_token, lease.owner, sqlite_modifier(lease.policy.lease))
-            for lease in leases
-        ]
-        return frozenset(connection.execute(sql.renew, {"leases": json.dumps(wanted)}).scalars())
-    return frozenset(_renew_in_transactions(sql, connection, leases))
+        for lease in leases
+    ]
+    return frozenset(connection.execute(sql.batches.renew, members_of(wanted, connection.dialect)).scalars())
 
 
 def _renew_in_transactions(sql: Statements, connection: Connection, leases: Sequence[Lease]) -> Iterator[str]:

@@ -11,21 +11,16 @@ from functools import cache
 from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import (
-    ARRAY,
-    BigInteger,
     ColumnElement,
     Executable,
-    Float,
     Integer,
     Row,
     Select,
-    String,
     Table,
     Text,
     and_,
     bindparam,
     case,
-    column,
     delete,
     exists,
     func,
@@ -41,7 +36,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.sql.dml import Insert, Update
-from sqlalchemy.types import TypeEngine
 
 from idem_tasks.claims import State
 from idem_tasks.stores.schema import audit_table, outbox_table, records_table, steps_table, watermarks_table
@@ -350,63 +344,13 @@ class Statements:
             .order_by(c.scope, c.key)
             .with_for_update(skip_locked=True)
         )
-        self.renew_locked = update(self.table).where(places).values(_renewed(after_seconds("lease")))
+        self.renew_locked = update(self.table).where(places).values(self.renewed(self._given("lease")))
         self.delete_locked = delete(self.table).where(places)
         """For MariaDB and MySQL, which can do neither in one statement: lock what is not locked, then write it."""
-        if self.kind == "postgresql":
-            self.renew: Executable = self._renew_from_arrays()
-        elif self.kind == "sqlite":
-            self.renew = self._renew_from_json()
 
-    def _renew_from_arrays(self) -> Executable:
-        c = self._columns
-        kinds: dict[str, TypeEngine[Any]] = {
-            "scope": String(),
-            "key": String(),
-            "token": BigInteger(),
-            "owner": String(),
-            "lease": Float(),
-        }
-        arrays: list[ColumnElement[Any]] = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in kinds.items()]
-        wanted = (
-            func.unnest(*arrays)
-            .table_valued(*(column(name, kind) for name, kind in kinds.items()), name="wanted")
-            .render_derived()
-        )
-        free = (
-            select(c.scope, c.key, wanted.c.lease)
-            .join(wanted, and_(c.scope == wanted.c.scope, c.key == wanted.c.key))
-            .where(c.fencing_token == wanted.c.token, c.owner == wanted.c.owner, c.state == State.RUNNING)
-            .order_by(c.scope, c.key)
-            .with_for_update(of=self.table, skip_locked=True)
-            .cte("free")
-        )
-        return (
-            update(self.table)
-            .where(c.scope == free.c.scope, c.key == free.c.key)
-            .values(_renewed(after(free.c.lease)))
-            .returning(c.owner)
-        )
-
-    def _renew_from_json(self) -> Executable:
-        c = self._columns
-        wanted = func.json_each(bindparam("leases", type_=Text())).table_valued("value", name="wanted")
-
-        def item(index: int) -> ColumnElement[Any]:
-            return func.json_extract(wanted.c.value, literal_column(f"'$[{index}]'"))
-
-        return (
-            update(self.table)
-            .where(
-                c.scope == item(0),
-                c.key == item(1),
-                c.fencing_token == item(2),
-                c.owner == item(3),
-                c.state == State.RUNNING,
-            )
-            .values(_renewed(after(item(4))))
-            .returning(c.owner)
-        )
+    def renewed(self, lease: ColumnElement[Any]) -> dict[str, ColumnElement[Any]]:
+        """Return what a renewal by these seconds writes."""
+        return {"lease_expires_at": after(lease), "updated_at": now()}
 
     # People
 
@@ -501,7 +445,3 @@ class Statements:
 def _is_any_of(column: ColumnElement[Any], values: Iterable[str]) -> ColumnElement[bool]:
     """Like `in_`, whose list SQLAlchemy would write out anew at each call."""
     return or_(*(column == value for value in values))
-
-
-def _renewed(until: ColumnElement[Any]) -> dict[str, Any]:
-    return {"lease_expires_at": until, "updated_at": now()}

@@ -9,15 +9,16 @@ import pickle
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import pytest
-from sqlalchemy import Connection, NullPool, create_engine, make_url, text
+from sqlalchemy import Connection, NullPool, create_engine, event, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from idem_tasks.claims import Granted, Recorded, Released, State
@@ -497,6 +498,27 @@ def test_threads_that_come_at_once_share_one_engine(sqlite_url: str) -> None:
         with client._making:
             first, second = threads.submit(client._make), threads.submit(client._make)
         assert first.result(30) is second.result(30)
+    run_sync(store.close())
+
+
+def test_connections_that_were_opened_are_used_again(postgres_url: str) -> None:
+    """What twelve threads needed at once stays open: the next twelve open no session more."""
+    store = SQLStore(postgres_url, create_schema=True)
+    run_sync(store.prepare())
+    engine = cast(BlockingClient, store._client)._make()
+    opened: list[object] = []
+    event.listen(engine, "connect", lambda connection, _record: opened.append(connection))
+    together = threading.Barrier(12)
+
+    def hold_one(_number: int) -> None:
+        with engine.connect():
+            together.wait(30)
+
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(hold_one, range(12)))
+        assert len(opened) == 11  # and the one that made the tables
+        list(threads.map(hold_one, range(12)))
+    assert len(opened) == 11
     run_sync(store.close())
 
 
