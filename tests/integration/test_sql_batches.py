@@ -22,6 +22,7 @@ from idem_tasks.testing.batch_contract import BatchInUse
 from idem_tasks.testing.driver import Driver
 from idem_tasks.testing.store_in_use import DONE, StoreInUse
 from tests.integration.test_sql_locks import RUNTIMES, SERVERS, touch, transaction
+from tests.services.waiting import wait_until
 
 ROUNDS = 30
 MANY = 60
@@ -187,3 +188,23 @@ def test_keys_of_any_script_are_told_apart_in_a_database_of_latin1(batches: Batc
     assert [lease.key for lease in leases] == keys
     assert batches.finish(*((lease, DONE) for lease in leases)) == [Recorded()] * len(keys)
     assert {batches.use.record(key).state for key in keys} == {State.COMPLETED}
+
+
+def test_a_growing_table_is_not_read_whole_before_it_is_analyzed(postgres_url: str) -> None:
+    """Plans that were made while it had few records look members up by the index for as long as they are used."""
+    with Driver("blocking") as driver:
+        use = StoreInUse(SQLStore(postgres_url, create_schema=True), driver)
+        driver(use.store.prepare())
+        for turn in range(30):
+            claimed = BatchInUse(use).granted(*(f"{turn}-{number}" for number in range(20)))
+            assert BatchInUse(use).finish(*((lease, DONE) for lease in claimed)) == [Recorded()] * 20
+        driver(use.store.close())  # whose sessions then tell what they read
+    read = text("SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'idem_tasks_records'")
+    engine = create_engine(postgres_url, poolclass=NullPool)
+
+    def all_is_told() -> bool:
+        with engine.connect() as connection:
+            whole, by_index = connection.execute(read).one()
+        return whole == 0 and by_index >= 600
+
+    wait_until(all_is_told, seconds=20, what="600 records to be found by the index, and none otherwise")
