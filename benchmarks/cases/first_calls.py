@@ -12,6 +12,7 @@ from benchmarks.case import case
 from benchmarks.measuring import Here
 from benchmarks.orders import AMOUNT, charge, decorated, new_orders, ours
 from benchmarks.place import Place
+from idem_tasks import Idempotency, RedisStore, SQLStore, TieredStore
 
 GROUP = "First call"
 AnyRecords = PostgresRecords | MariaDBRecords | SQLiteRecords
@@ -47,6 +48,23 @@ def redis_and_postgres(place: Place) -> Iterator[dict[str, Here]]:
     """Four round trips and two commits."""
     with with_records(place.postgres, place.redis, PostgresRecords(place.postgres)) as ways:
         yield ways
+
+
+@case(GROUP, "Redis and PostgreSQL, `claim_commit='auto'`", needs=("redis", "postgres"))
+@contextmanager
+def redis_and_postgres_auto(place: Place) -> Iterator[dict[str, Here]]:
+    """The same, and the disk is waited for once; by hand it is waited for twice."""
+    store = TieredStore(RedisStore(place.redis), SQLStore(place.postgres, create_schema=True, claim_commit="auto"))
+    with (
+        closing(PostgresRecords(place.postgres)) as records,
+        closing(RedisMarkers(place.redis)) as markers,
+        Idempotency(store=store) as idempotency,
+    ):
+        records.create()
+        idempotency.prepare()
+        call, order = decorated(idempotency), new_orders()
+        by_hand = ByHand(charge, records=records, markers=markers)
+        yield {"ours": Here(lambda: call(order(), AMOUNT)), "by hand": Here(lambda: by_hand(order(), AMOUNT))}
 
 
 @case(GROUP, "PostgreSQL alone", needs=("postgres",))

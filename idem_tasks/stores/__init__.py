@@ -16,6 +16,7 @@ from idem_tasks.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from idem_tasks.stores.base import Store
+    from idem_tasks.stores.sql import SQLStore
 
 _REDIS_SCHEMES = frozenset(
     {
@@ -46,10 +47,7 @@ def store_from_url(
 
         return RedisStore(url)
     if scheme.partition("+")[0] in _SQL_SCHEMES:
-        from idem_tasks.stores.sql import SQLStore
-
-        prefix = {} if table_prefix is None else {"table_prefix": table_prefix}
-        return SQLStore(url, create_schema=create_schema, schema=schema, **prefix)
+        return _record_store(url, create_schema, schema, table_prefix)
     raise ConfigurationError(
         f"no store for the URL scheme {scheme!r}; known: memory, {', '.join(sorted(_SQL_SCHEMES | _REDIS_SCHEMES))}"
     )
@@ -81,12 +79,18 @@ def store_from_urls(
             raise ConfigurationError("a store needs a database URL, a Redis URL, or both")
         return store_from_url(url, create_schema=create_schema, schema=schema, table_prefix=table_prefix)
     from idem_tasks.stores.redis import RedisStore
-    from idem_tasks.stores.sql import SQLStore
     from idem_tasks.stores.tiered import TieredStore
 
-    prefix = {} if table_prefix is None else {"table_prefix": table_prefix}
-    record = SQLStore(database_url, create_schema=create_schema, schema=schema, **prefix)  # which checks the URL
+    record = _record_store(database_url, create_schema, schema, table_prefix)  # which checks the URL
     return TieredStore(RedisStore(redis_url, prefix=_marker_prefix(database_url)), record)
+
+
+def _record_store(url: str, create_schema: bool | None, schema: str | None, table_prefix: str | None) -> SQLStore:
+    from idem_tasks.stores.schema import DEFAULT_PREFIX
+    from idem_tasks.stores.sql import SQLStore
+
+    prefix = DEFAULT_PREFIX if table_prefix is None else table_prefix
+    return SQLStore(url, create_schema=create_schema, schema=schema, table_prefix=prefix)
 
 
 def _marker_prefix(database_url: str) -> str:

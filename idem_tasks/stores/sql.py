@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from sqlalchemy import Connection, Engine, inspect
 
@@ -105,6 +105,11 @@ class SQLStore:
     `schema` and `table_prefix` say where the tables are. `create_schema` says whether they are made on first use:
     True always, False never (`idem-tasks init-db` makes them), None on SQLite only.
 
+    `claim_commit`, on PostgreSQL: "durable" waits until a claim is on the server's disk before its handler begins;
+    "auto" does not where a marker is held for it in Redis and the policy is `on_crash="rerun"`; "async" not where there
+    is no marker either. A crash of the server can then forget claims of its last moments, never an outcome:
+    docs/decisions/0009-durable-claims.md. Elsewhere, and for batches, every claim is durable.
+
     Connections are opened when first used, in each process and event loop, so a store may be made before a fork.
     Every verb may raise `StoreUnavailableError`, `StoreConfigurationError` or another `StoreError`; the constructor
     only `ConfigurationError`, for a URL that cannot work.
@@ -117,7 +122,11 @@ class SQLStore:
         schema: str | None = None,
         table_prefix: str = DEFAULT_PREFIX,
         create_schema: bool | None = None,
+        claim_commit: sql_claims.ClaimCommit = "durable",
     ) -> None:
+        if claim_commit not in get_args(sql_claims.ClaimCommit):
+            raise ConfigurationError(f"claim_commit={claim_commit!r} is none of 'durable', 'auto' and 'async'")
+        self._claim_commit = claim_commit
         self._clients = clients_for(url_or_engine)
         self._schema = schema
         self._prefix = table_prefix
@@ -161,7 +170,7 @@ class SQLStore:
         after a short wait (F46).
         """
         try:
-            return await self._run(sql_claims.claim, request)
+            return await self._run(sql_claims.claim, request, self._claim_commit)
         except RowLockedError:
             return InProgress(sql_claims.RETRY_AFTER_LOCK)
 

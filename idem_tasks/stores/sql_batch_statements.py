@@ -178,7 +178,7 @@ class BatchStatements:
             return update(self._table).where(claimed).values(renewed).returning(c.owner)
         free = (
             select(c.scope, c.key, members.given("lease").label("lease"))
-            .join(members.rows, claimed)
+            .select_from(members.rows.join(self._table, claimed))
             .order_by(c.scope, c.key)
             .with_for_update(of=self._table, skip_locked=True)
             .cte("free")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Executable
 from sqlalchemy.sql.dml import Update
 
 from idem_tasks.claims import (
@@ -39,6 +39,10 @@ from idem_tasks.stores.sql_statements import ENDED, FENCED, PURGEABLE, AnyRow, S
 
 A = TypeVar("A")
 
+ClaimCommit = Literal["durable", "auto", "async"]
+"""Whether the commit of a first claim waits until PostgreSQL has it on its disk: always, unless a marker is held for
+it, never. It always waits where a crash leaves doubt."""
+
 _LONGEST_MILLISECONDS = 2**31 - 1
 """What PostgreSQL takes as a time limit."""
 
@@ -49,20 +53,36 @@ RETRY_AFTER_LOCK = 1.0
 """Seconds after which a claim is worth another try that found the record locked: its lease could not be read."""
 
 
-def claim(sql: Statements, connection: Connection, request: ClaimRequest) -> ClaimAnswer:
+def claim(
+    sql: Statements, connection: Connection, request: ClaimRequest, commit: ClaimCommit = "durable"
+) -> ClaimAnswer:
     """Claim the record, or tell why not."""
+    statement = _first_claim(sql, request, commit)
     for _ in range(RACES):
-        row = _claim_or_read(sql, connection, request)
+        row = _claim_or_read(sql, connection, statement, request)
         answer = None if row is None else _answer(sql, connection, request, row)
         if answer is not None:
             return answer
     return InProgress(RETRY_AFTER_LOCK)
 
 
-def _claim_or_read(sql: Statements, connection: Connection, request: ClaimRequest) -> AnyRow | None:
+def _claim_or_read(
+    sql: Statements, connection: Connection, statement: Executable, request: ClaimRequest
+) -> AnyRow | None:
     """Insert a running record unless there is one; return what is there now, None if it comes or goes just now."""
-    row = fetch(connection, sql.claim, place(request.scope, request.key) | granting(request))
+    row = fetch(connection, statement, place(request.scope, request.key) | granting(request))
     return row or _read(sql, connection, request.scope, request.key)
+
+
+def _first_claim(sql: Statements, request: ClaimRequest, commit: ClaimCommit) -> Executable:
+    """Return the statement that claims a record that nobody has claimed yet.
+
+    Where a crash leaves doubt, the claim is the only sign that its effect may have happened, and has to be durable.
+    """
+    can_be_lost = commit == "async" or (commit == "auto" and request.marked)
+    if sql.claim_async is None or request.policy.doubts or not can_be_lost:
+        return sql.claim
+    return sql.claim_async
 
 
 def _answer(sql: Statements, connection: Connection, request: ClaimRequest, row: AnyRow) -> ClaimAnswer | None:

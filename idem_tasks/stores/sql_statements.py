@@ -30,6 +30,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    true,
     tuple_,
     union_all,
     update,
@@ -139,18 +140,12 @@ class Statements:
 
         No row: it came or went meanwhile (PostgreSQL), or was there before (SQLite, which has to read it).
         """
+        self.claim_async: Executable | None = None
+        """PostgreSQL: the same, and its commit does not wait until it is on the server's disk."""
         if self.kind == "postgresql":
-            # It reads first: a duplicate then burns no transaction id and writes nothing.
-            seen = self.read.cte("seen")
-            values = select(*first.values()).where(~exists(select(seen.c.state)))
-            claim = (
-                postgresql.insert(self.table)
-                .from_select(list(first), values)
-                .on_conflict_do_nothing()
-                .returning(*answer)
-                .cte("claim")
-            )
-            self.claim = union_all(select(seen), select(claim))
+            self.claim = self._look_or_insert(first, answer)
+            not_waiting = func.set_config(literal_column("'synchronous_commit'"), literal_column("'off'"), true())
+            self.claim_async = self._look_or_insert(first, answer, not_waiting.is_not(None))
         elif self.kind == "mysql":
             self.claim = self._unless_there(first)
         else:
@@ -200,6 +195,21 @@ class Statements:
             )
         )
         """Puts a dead claim in doubt or parks it; its token and owner stay, so that a late finish ends the doubt."""
+
+    def _look_or_insert(
+        self, first: dict[str, ColumnElement[Any]], answer: Iterable[ColumnElement[Any]], *also: ColumnElement[bool]
+    ) -> Executable:
+        """It reads first: a duplicate then burns no transaction id and writes nothing."""
+        seen = self.read.cte("seen")
+        values = select(*first.values()).where(~exists(select(seen.c.state)), *also)
+        claim = (
+            postgresql.insert(self.table)
+            .from_select(list(first), values)
+            .on_conflict_do_nothing()
+            .returning(*answer)
+            .cte("claim")
+        )
+        return union_all(select(seen), select(claim))
 
     def first(self, given: Callable[[str], ColumnElement[Any]]) -> dict[str, ColumnElement[Any]]:
         """Return the values of a first claim's record; `given` returns what its request says, by a parameter's name."""

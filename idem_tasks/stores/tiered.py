@@ -119,7 +119,7 @@ class TieredStore:
                     f"the marker cannot be taken ({error}), and the policy is on_marker_unavailable='raise'"
                 ) from error
             # It may have taken effect, or do so at any later time: our own outcome must not take its place then.
-            return await self._claim_record(replace(request, take=None))
+            return await self._claim_record(replace(request, take=None, marked=False))
         match seen:
             case MarkerRunning(retry_after):
                 return InProgress(retry_after)
@@ -128,7 +128,7 @@ class TieredStore:
             case MarkerPending():
                 return await self._claim_behind_pending(request, seen)
             case MarkerTaken():  # pragma: no branch - there is no other answer
-                return await self._claim_record(request)
+                return await self._claim_record(replace(request, marked=True))
 
     async def _claim_record(self, request: ClaimRequest) -> ClaimAnswer:
         """Claim the record; unless it is granted, publish in our marker's place or take that away again."""

@@ -205,6 +205,6 @@ def test_a_growing_table_is_not_read_whole_before_it_is_analyzed(postgres_url: s
     def all_is_told() -> bool:
         with engine.connect() as connection:
             whole, by_index = connection.execute(read).one()
-        return whole == 0 and by_index >= 600
+        return bool(whole == 0 and by_index >= 600)
 
     wait_until(all_is_told, seconds=20, what="600 records to be found by the index, and none otherwise")
