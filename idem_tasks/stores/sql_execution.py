@@ -44,13 +44,13 @@ def write(connection: Connection, statement: Executable, values: Mapping[str, An
 
 def _send(connection: Connection, statement: Any, values: Mapping[str, Any], answer: Callable[[Prepared, Any], A]) -> A:
     prepared = prepare(statement, connection.dialect)
-    cursor = _cursor(connection)
     try:
+        cursor = _cursor(connection)
         prepared.execute(cursor, values)
         answered = answer(prepared, cursor)
-    except BaseException as error:  # noqa: BLE001 - as SQLAlchemy raises it, and throws broken connections away
-        del connection.info[_CURSOR]  # for it closes the cursor
-        connection._handle_dbapi_exception(error, prepared.text, None, cursor, None)  # noqa: SLF001 - no public name
+    except BaseException as error:  # noqa: BLE001 - as SQLAlchemy raises it, which throws broken connections away
+        unusable = connection.info.pop(_CURSOR, None)
+        connection._handle_dbapi_exception(error, prepared.text, None, unusable, None)  # noqa: SLF001 - no public name
     return answered
 
 

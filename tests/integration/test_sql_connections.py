@@ -249,14 +249,18 @@ def test_no_asyncio_is_loaded_for_blocking_handlers(sqlite_url: str) -> None:
 
 @pytest.mark.parametrize("url", ["sqlite_url", *SERVERS], indirect=True)
 def test_an_engine_of_ones_own_serves_blocking_handlers(url: str) -> None:
-    """A given Engine is used, and is not closed with the store."""
+    """A given Engine is used, its events tell of each statement, and it is not closed with the store."""
     engine = create_engine(url)
     store = SQLStore(engine, create_schema=True)
     assert store.runtimes == {"blocking"}
+    seen: list[str] = []
     with Driver("blocking") as driver:
         use = StoreInUse(store, driver)
+        driver(store.prepare())
+        event.listen(engine, "before_cursor_execute", lambda *statement: seen.append(statement[2].split()[0]))
         assert use.finish(use.granted()) == Recorded()
         driver(store.close())
+    assert (seen[-1], len(seen)) == ("UPDATE", 2)
     assert engine.pool.checkedin() == 1  # type: ignore[attr-defined]
     engine.dispose()
     with pytest.raises(ConfigurationError, match="AsyncEngine"):
