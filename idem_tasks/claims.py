@@ -133,7 +133,7 @@ class ClaimRequest:
     traceparent: str | None = None
     take: int | None = 1
     """Which of this owner's takes of the marker this is; None: nobody heard that the marker was taken."""
-    marked: bool = False
+    marked: bool = field(default=False, compare=False)
     """Whether a marker is held for it, which keeps others off also while its record could be lost."""
 
     def again(self) -> ClaimRequest:
