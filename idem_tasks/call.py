@@ -16,6 +16,7 @@ from idem_tasks.policy import Policy
 from idem_tasks.runtime import Runtime
 from idem_tasks.session_argument import SessionOfCall
 from idem_tasks.stores.base import Store
+from idem_tasks.values import value
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Services:
         return Relay(self.store, self.senders, self.announce, self.runtime)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Call:
     """One delivery: what was asked for, with whose services, for which return type, inside which framework."""
 

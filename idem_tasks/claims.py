@@ -24,6 +24,7 @@ import msgspec
 from idem_tasks.errors import ConfigurationError, StepsChangedError, StoreError
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import deadline_clock
+from idem_tasks.values import value
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,7 +97,7 @@ class OutboxMessage:
         return _read_content(self.content).options
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class EncodedOutcome:
     """How a handler ended, as a store keeps it: a value in bytes, the reason why not, or a failure.
 
@@ -116,7 +117,7 @@ class EncodedOutcome:
         return f"<EncodedOutcome {self.state.value}, {size}, codec {self.codec}>"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class ClaimRequest:
     """One delivery's wish to run a handler; frozen before the handler can change its arguments.
 
@@ -143,7 +144,7 @@ class ClaimRequest:
         return self.fingerprint is None or fingerprint is None or self.fingerprint == fingerprint
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Lease:
     """A granted claim: the right to run the handler and to record its outcome, until it expires."""
 
@@ -179,14 +180,14 @@ class Lease:
 # What a claim is answered with.
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Granted:
     """Run the handler."""
 
     lease: Lease
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Finished:
     """Completed or failed before; `expires_in` is what is left of its retention in seconds."""
 

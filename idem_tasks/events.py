@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Any
 
 from idem_tasks.runtime import interruption_in
+from idem_tasks.values import value
 
 
 class EventName(StrEnum):
@@ -46,7 +47,7 @@ class EventName(StrEnum):
     OUTBOX_FAILED = "outbox_failed"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Event:
     """One thing that happened to one record; never holds arguments, outcomes or secrets."""
 

@@ -39,6 +39,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from msgspec import Struct
+
 from idem_tasks.errors import ConfigurationError, InvalidKeyError
 from idem_tasks.fingerprints import ArgumentsFingerprint, datetime_text, decimal_text, fingerprint_of
 
@@ -70,8 +72,7 @@ _STEP = re.compile(r"\.(\w+)|\[([^\[\]]+)\]")
 _Call = tuple[Sequence[object], tuple[Any, ...], Mapping[str, Any]]  # bound to the parameters; and as given
 
 
-@dataclass(frozen=True, slots=True)
-class CallKey:
+class CallKey(Struct, frozen=True):
     """What one call claims; taken at its entry and never made again."""
 
     scope: str

@@ -28,6 +28,7 @@ import msgspec.inspect
 
 from . import tagged
 from .errors import ConfigurationError, OutcomeError
+from .values import value
 
 
 class Unannotated(enum.Enum):
@@ -40,7 +41,7 @@ UNANNOTATED: Final = Unannotated.UNANNOTATED
 """Stands in for a return annotation that is missing, says nothing (`Any`) or cannot be resolved."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class OutcomeContext:
     """Which record an outcome belongs to, for codecs that bind the bytes to it."""
 
