@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from idem_tasks.claims import ClaimRequest
-from idem_tasks.events import Announcer, EventName
+from idem_tasks.claims import ClaimRequest, Lease
+from idem_tasks.events import Announcer, Event, EventName
 from idem_tasks.heartbeat import Heartbeat
 from idem_tasks.hosts import Host
-from idem_tasks.outbox import Relay, Senders
+from idem_tasks.outbox import OutgoingMessages, Relay, Senders
 from idem_tasks.outcomes import Codec, OutcomeContext
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import Runtime
@@ -29,6 +29,10 @@ class Services:
     codec: Codec
     runtime: Runtime
     senders: Senders = field(default_factory=Senders)
+
+    def outgoing(self, lease: Lease) -> OutgoingMessages:
+        """Make what keeps the messages of one claim."""
+        return OutgoingMessages(lease, self.store, self.senders)
 
     @property
     def relay(self) -> Relay:
@@ -60,6 +64,8 @@ class Call:
 
     def announce(self, name: EventName, **details: Any) -> None:
         """Tell the observers what happened to this key, or to a step of it."""
-        if self.step is not None:
-            details["step"] = self.step
-        self.services.announce(name, self.request.scope, self.request.key, **details)
+        announce = self.services.announce
+        if announce.is_heard(name):
+            if self.step is not None:
+                details["step"] = self.step
+            announce.tell(Event(name, self.request.scope, self.request.key, details))
