@@ -781,6 +781,7 @@ def person_name() -> str:
 
 _HOST = socket.gethostname()[:64]
 _process_name = f"{_HOST}:{os.getpid()}"
+"""Another text in each process: by this very object a claim knows that it is in a child which its handler forked."""
 
 
 def _name_child() -> None:
