@@ -6,16 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from idem_tasks.claims import ClaimRequest
-from idem_tasks.events import Announcer, EventName
+from idem_tasks.claims import ClaimRequest, Lease
+from idem_tasks.events import Announcer, Event, EventName
 from idem_tasks.heartbeat import Heartbeat
 from idem_tasks.hosts import Host
-from idem_tasks.outbox import Relay, Senders
+from idem_tasks.outbox import OutgoingMessages, Relay, Senders
 from idem_tasks.outcomes import Codec, OutcomeContext
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import Runtime
 from idem_tasks.session_argument import SessionOfCall
 from idem_tasks.stores.base import Store
+from idem_tasks.values import value
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,17 @@ class Services:
     runtime: Runtime
     senders: Senders = field(default_factory=Senders)
 
+    def outgoing(self, lease: Lease) -> OutgoingMessages:
+        """Make what keeps the messages of one claim."""
+        return OutgoingMessages(lease, self.store, self.senders)
+
     @property
     def relay(self) -> Relay:
         """What sends the messages of recorded outcomes."""
         return Relay(self.store, self.senders, self.announce, self.runtime)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Call:
     """One delivery: what was asked for, with whose services, for which return type, inside which framework."""
 
@@ -59,6 +64,8 @@ class Call:
 
     def announce(self, name: EventName, **details: Any) -> None:
         """Tell the observers what happened to this key, or to a step of it."""
-        if self.step is not None:
-            details["step"] = self.step
-        self.services.announce(name, self.request.scope, self.request.key, **details)
+        announce = self.services.announce
+        if announce.is_heard(name):
+            if self.step is not None:
+                details["step"] = self.step
+            announce.tell(Event(name, self.request.scope, self.request.key, details))

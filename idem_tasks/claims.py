@@ -24,9 +24,12 @@ import msgspec
 from idem_tasks.errors import ConfigurationError, StepsChangedError, StoreError
 from idem_tasks.policy import Policy
 from idem_tasks.runtime import deadline_clock
+from idem_tasks.values import value
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+HANDLER_HAS_ENDED = "the handler has ended: what it publishes now would never be sent"
 
 STEP_NAME_BYTES = 255
 """Longest name of a step in UTF-8."""
@@ -96,7 +99,7 @@ class OutboxMessage:
         return _read_content(self.content).options
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class EncodedOutcome:
     """How a handler ended, as a store keeps it: a value in bytes, the reason why not, or a failure.
 
@@ -116,7 +119,7 @@ class EncodedOutcome:
         return f"<EncodedOutcome {self.state.value}, {size}, codec {self.codec}>"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class ClaimRequest:
     """One delivery's wish to run a handler; frozen before the handler can change its arguments.
 
@@ -145,7 +148,7 @@ class ClaimRequest:
         return self.fingerprint is None or fingerprint is None or self.fingerprint == fingerprint
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Lease:
     """A granted claim: the right to run the handler and to record its outcome, until it expires."""
 
@@ -181,14 +184,14 @@ class Lease:
 # What a claim is answered with.
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Granted:
     """Run the handler."""
 
     lease: Lease
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Finished:
     """Completed or failed before; `expires_in` is what is left of its retention in seconds."""
 
@@ -422,8 +425,9 @@ class Claim:
     __slots__ = (
         "_finish_in",
         "_gone",
+        "_make_outgoing",
         "_outgoing",
-        "_pid",
+        "_process",
         "deadline",
         "ending",
         "held_since",
@@ -436,16 +440,30 @@ class Claim:
         "written",
     )
 
-    def __init__(self, lease: Lease, steps: StepTaker, *, asked_at: float, outgoing: Outgoing | None = None) -> None:
-        """`asked_at` is `deadline_clock()` before the claim was sent: its lease cannot have begun earlier."""
+    def __init__(
+        self,
+        lease: Lease,
+        steps: StepTaker,
+        *,
+        asked_at: float,
+        outgoing: Callable[[Lease], Outgoing] | None = None,
+        finish_in: Callable[[Claim, Any, Any], None] | None = None,
+    ) -> None:
+        """`asked_at` is `deadline_clock()` before the claim was sent: its lease cannot have begun earlier.
+
+        `outgoing` makes what keeps its messages, once there is one. `finish_in` does what the method of that name is
+        for, given the claim too; None: it does nothing.
+        """
         self.lease = lease
-        self._outgoing = outgoing
+        self._make_outgoing = outgoing
+        self._outgoing: dict[Literal["made"], Outgoing | None] = {}
+        """What keeps its messages, once there is one; None if it is closed before that. A dict sets it in one step."""
         self.held_since = asked_at
         self.ending: Recorded | Released | Finished | Lost | None = None
         """How the record was left, once that is known; from then on nothing is recorded or released any more."""
         self.written: tuple[Any, EncodedOutcome] | None = None
         """What `finish_in` wrote last in a transaction of the user's: the value, and how it was encoded."""
-        self._finish_in: Callable[[Any, Any], None] | None = None
+        self._finish_in = finish_in
         self.refused: StoreError | None = None
         """Why the store did not grant it, or does not know how its handler ended."""
         self.parked_by: StepsChangedError | None = None
@@ -454,13 +472,14 @@ class Claim:
         self._gone = False
         self.transaction: Any = None
         """That of `session=`, while the handler runs in it."""
-        self._pid = os.getpid()
+        self._process = _process_name
         self.extend(asked_at)
 
     def extend(self, asked_at: float) -> None:
         """Move the local deadline after a renewal that was sent at `asked_at`."""
-        self.deadline = asked_at + self.lease.policy.lease
-        self.renew_at = asked_at + self.lease.policy.lease / 3
+        lease = self.lease.request.policy.lease
+        self.deadline = asked_at + lease
+        self.renew_at = asked_at + lease / 3
 
     def mark_lost(self) -> None:
         """Say `lost` from now on."""
@@ -483,12 +502,12 @@ class Claim:
         Not so while the library is disabled, in shadow, or runs without its store; nor in a child that was forked
         within the handler, where the claim is still the parent's.
         """
-        return self.lease.fencing_token > 0 and self.is_here
+        return self.lease.fencing_token > 0 and self._process is _process_name
 
     @property
     def is_here(self) -> bool:
         """Whether this is the process in which the handler was called, and no child that it forked."""
-        return self._pid == os.getpid()
+        return self._process is _process_name
 
     @property
     def session(self) -> Any:
@@ -517,11 +536,7 @@ class Claim:
         does nothing.
         """
         if self._finish_in is not None:
-            self._finish_in(connection, value)
-
-    def finishes_by(self, finish_in: Callable[[Any, Any], None]) -> None:
-        """Let `finish_in` do this."""
-        self._finish_in = finish_in
+            self._finish_in(self, connection, value)
 
     @property
     def fencing_token(self) -> int:
@@ -600,24 +615,32 @@ class Claim:
         return self._open_outgoing().add_message(body, to, headers or {}, options)
 
     def _open_outgoing(self) -> Outgoing:
-        if self._outgoing is None or not self.is_here:
+        if self._make_outgoing is None or not self.is_here:
             raise ConfigurationError("a process that was forked within a handler publishes nothing under its claim")
         if self.step_running is not None:
             raise ConfigurationError(
                 f"step {self.step_running!r} must not publish: the message would be missing where it is replayed; "
                 "publish it outside of the step"
             )
-        return self._outgoing
+        outgoing = self._outgoing.setdefault("made", self._make_outgoing(self.lease))
+        if outgoing is None:
+            raise ConfigurationError(HANDLER_HAS_ENDED)
+        return outgoing
 
     def drop_outgoing(self) -> None:
         """Forget what was published: all that the handler did is undone, and it runs again."""
-        if self._outgoing is not None:
-            self._outgoing.drop()
+        outgoing = self._outgoing.get("made")
+        if outgoing is None:
+            self._outgoing.clear()
+        else:
+            outgoing.drop()
 
     def close_outgoing(self) -> tuple[OutboxMessage, ...]:
         """Return what was published, to be kept with the outcome; from now on nothing is any more."""
-        # In a child that was forked within the handler the messages are the parent's.
-        return () if self._outgoing is None or not self.is_here else self._outgoing.close()
+        if self._process is not _process_name:
+            return ()  # in a child that was forked within the handler the messages are the parent's
+        outgoing = self._outgoing.setdefault("made", None)
+        return () if outgoing is None else outgoing.close()
 
     def __repr__(self) -> str:
         return f"<Claim {self.scope} {self.key!r} fencing token {self.fencing_token}, attempt {self.attempt}>"
@@ -727,9 +750,8 @@ def current_claims() -> list[Claim]:
     )
 
 
-def enter(claim: _Current) -> Token[_Current]:
-    """Make `claim`, those of a batch, or none, current; `leave` with the token makes the one before current again."""
-    return _current.set(claim)
+enter: Callable[[_Current], Token[_Current]] = _current.set
+"""Makes a claim, those of a batch, or none, current; `leave` with the token makes the one before current again."""
 
 
 def leave(token: Token[_Current]) -> None:
@@ -747,7 +769,7 @@ def new_owner() -> str:
 
 def process_name() -> str:
     """Return `host:pid`, for people who look for the process that holds a claim."""
-    return f"{_HOST}:{os.getpid()}"
+    return _process_name
 
 
 def person_name() -> str:
@@ -760,3 +782,14 @@ def person_name() -> str:
 
 
 _HOST = socket.gethostname()[:64]
+_process_name = f"{_HOST}:{os.getpid()}"
+"""Another text in each process: by this very object a claim knows that it is in a child which its handler forked."""
+
+
+def _name_child() -> None:
+    global _process_name  # noqa: PLW0603 - one name a process
+    _process_name = f"{_HOST}:{os.getpid()}"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_name_child)

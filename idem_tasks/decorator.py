@@ -231,13 +231,13 @@ class IdempotentFunction:
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], host: Host | None) -> Call:
         """Step 0: freeze scope, key and fingerprint of one delivery, before the handler can change its arguments."""
         idempotency, policy = self._resolve()
-        scope, framework_argument, holder = None, False, process_name()
+        holder, of_host = process_name(), _NO_HOST
         if host is not None:
-            scope, framework_argument = host.scope, host.framework_argument
             holder = f"{holder} {host.message}"
+            of_host = {"default_scope": host.scope, "framework_argument": host.framework_argument}
         session = None if self._session is None else self._session.of(args, kwargs)
         try:
-            made = self._key(args, kwargs, default_scope=scope, framework_argument=framework_argument)
+            made = self._key(args, kwargs, **of_host)
         except Exception:
             # Turned off, or in shadow, nothing of ours may keep the handler from running.
             if policy.active and not policy.shadow:
@@ -335,3 +335,4 @@ def _find(function: Any) -> IdempotentFunction | None:
 
 
 _MAX_WRAPPERS = 50
+_NO_HOST: Mapping[str, Any] = {}

@@ -49,7 +49,7 @@ def end(call: Call, claim: Claim, answer: Recorded | Finished | Lost) -> None:
 
 def tell(call: Call, claim: Claim, answer: Recorded | Released | Finished | Lost, error: str | None) -> None:
     """Announce how a claim ended; `error` is the type of what its handler raised, None if it returned."""
-    details: dict[str, Any] = {"fencing_token": claim.fencing_token}
+    details: dict[str, Any] = {"fencing_token": claim.lease.fencing_token}
     if error is not None:
         details["error"] = error
     match answer:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Any
 
 from idem_tasks.runtime import interruption_in
+from idem_tasks.values import value
 
 
 class EventName(StrEnum):
@@ -46,7 +47,7 @@ class EventName(StrEnum):
     OUTBOX_FAILED = "outbox_failed"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Event:
     """One thing that happened to one record; never holds arguments, outcomes or secrets."""
 
@@ -86,6 +87,8 @@ _LEVELS: dict[EventName, int] = {
 _OFTEN = 10
 """Times that a message was put back from which on somebody should look."""
 
+_HIGHEST_LEVELS = _LEVELS | {EventName.PUT_BACK: logging.WARNING}
+
 _logger = logging.getLogger("idem_tasks")
 
 
@@ -119,9 +122,20 @@ class Announcer:
 
     def __init__(self, observers: Sequence[Observer] = (log_event,)) -> None:
         self._observers = tuple(observers)
+        self._only_the_log = all(observer is log_event for observer in observers)
+
+    def is_heard(self, name: EventName) -> bool:
+        """Tell whether such an event is worth making: mostly there is only the log, which is not to have it."""
+        return not self._only_the_log or (
+            bool(self._observers) and _logger.isEnabledFor(_HIGHEST_LEVELS.get(name, logging.DEBUG))
+        )
 
     def __call__(self, name: EventName, scope: str = "", key: str = "", **details: Any) -> None:
-        event, before = Event(name, scope, key, details), sys.exception()
+        self.tell(Event(name, scope, key, details))
+
+    def tell(self, event: Event) -> None:
+        """Tell of an event that is made already."""
+        before = sys.exception()
         for observer in self._observers:
             try:
                 observer(event)
@@ -129,4 +143,4 @@ class Announcer:
                 # After an effect nothing may fail because somebody was watching; a soft time limit is no such failure.
                 if interruption_in(error, before) is not None:
                     raise
-                _logger.exception("observer %r raised on %s", observer, name.value)
+                _logger.exception("observer %r raised on %s", observer, event.name.value)

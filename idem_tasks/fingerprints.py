@@ -16,11 +16,12 @@ from __future__ import annotations
 import base64
 import dataclasses
 import datetime as dt
-import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from enum import Enum
+from importlib import import_module
+from importlib.util import find_spec
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 from uuid import UUID
@@ -60,20 +61,25 @@ class ArgumentsFingerprint:
     default be something that has no canonical form.
     """
 
-    __slots__ = ("_owner", "_parameters")
+    __slots__ = ("_parameters",)
 
     def __init__(self, owner: str, chosen: Sequence[tuple[int, inspect.Parameter]]) -> None:
         """`chosen`: the parameters that take part, each with its position in the values given to `of`."""
-        self._owner = owner
         self._parameters = sorted(
-            (quoted(parameter.name), position, parameter.kind is parameter.VAR_POSITIONAL, *_default(parameter))
+            (
+                name := quoted(parameter.name),
+                f"argument {name} of {owner}",
+                position,
+                parameter.kind is parameter.VAR_POSITIONAL,
+                *_default(parameter),
+            )
             for position, parameter in chosen
         )
 
     def of(self, values: Sequence[object], *, skip_first: bool) -> str:
         """The fingerprint of one call; `skip_first` leaves the first argument out."""
         members = []
-        for name, position, is_args, default, default_text in self._parameters:
+        for name, called, position, is_args, default, default_text in self._parameters:
             value: Any = values[position]
             if skip_first and position == 0:
                 if not is_args:
@@ -81,7 +87,7 @@ class ArgumentsFingerprint:
                 value = value[1:]
             if value is default:
                 continue
-            text = _checked_text(value, f"argument {name} of {self._owner}")
+            text = quoted(value) if type(value) is str else _checked_text(value, called)
             if text != default_text:
                 members.append(f"{name}:{text}")
         return _digest("{" + ",".join(members) + "}")
@@ -132,7 +138,13 @@ def _checked_text(value: object, name: str) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    digest: str = _sha256(text.encode("ascii")).hexdigest()
+    return digest
+
+
+# Python's own, where it was built with it, as `random` takes it too: OpenSSL's takes far longer to begin, and nearly
+# all texts are short. It is in the first of these modules since Python 3.12, and was in the second before.
+_sha256 = import_module(next(filter(find_spec, ("_sha2", "_sha256", "hashlib")))).sha256
 
 
 def _text(value: object, inside: list[int]) -> str:

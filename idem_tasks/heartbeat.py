@@ -60,7 +60,7 @@ class Heartbeat:
 
     def hold(self, claim: Claim) -> None:
         """Renew this claim from now on."""
-        self._held[claim.lease.owner] = claim
+        self._held[claim.lease.request.owner] = claim
         self._wake_by(claim.renew_at)
 
     def let_go(self, owner: str) -> None:

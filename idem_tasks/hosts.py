@@ -69,7 +69,8 @@ def register(finder: Finder, refusal: Refusal) -> None:
 
 def find(function: Callable[..., Any]) -> Host | None:
     """Return the host of the call of this decorated function that is going on, or None for a direct call."""
-    _load_integrations()
+    if not _INTEGRATIONS.keys().isdisjoint(sys.modules.keys()):
+        _load_integrations()
     for finder in _finders:
         host = finder(function)
         if host is not None:

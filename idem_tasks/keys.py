@@ -39,6 +39,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from msgspec import Struct
+
 from idem_tasks.errors import ConfigurationError, InvalidKeyError
 from idem_tasks.fingerprints import ArgumentsFingerprint, datetime_text, decimal_text, fingerprint_of
 
@@ -67,11 +69,9 @@ _WAY_OUT = (
 )
 _FIELD = re.compile(r"([^\W\d]\w*)((?:\.[^\W\d]\w*|\[[^\[\]]+\])*)")  # name, then .attribute or [item]
 _STEP = re.compile(r"\.(\w+)|\[([^\[\]]+)\]")
-_Call = tuple[Sequence[object], tuple[Any, ...], Mapping[str, Any]]  # bound to the parameters; and as given
 
 
-@dataclass(frozen=True, slots=True)
-class CallKey:
+class CallKey(Struct, frozen=True):
     """What one call claims; taken at its entry and never made again."""
 
     scope: str
@@ -82,7 +82,7 @@ class CallKey:
 class KeyPlan:
     """Says for every call of one handler which scope, key and fingerprint it has."""
 
-    __slots__ = ("_bind", "_default_scope", "_fingerprint", "_key", "_owner", "_scope")
+    __slots__ = ("_bind", "_constant_scope", "_default_scope", "_fingerprint", "_key", "_owner", "_scope")
 
     def __init__(
         self,
@@ -116,6 +116,9 @@ class KeyPlan:
             )
         self._scope = None if scope is None else _maker("scope", scope, owner, names)
         self._default_scope = check_scope(owner)
+        self._constant_scope = None
+        if isinstance(self._scope, _Template) and not self._scope.fields:
+            self._constant_scope = _fit(self._scope.start, SCOPE_MAX_BYTES, "scope")
         self._fingerprint = _fingerprint_maker(fingerprint, owner, parameters)
 
     def of(
@@ -137,11 +140,13 @@ class KeyPlan:
         """
         values = self._bind(args, kwargs)
         own = args[1:] if framework_argument else args
-        if self._scope is not None:
-            scope = _fit(self._scope.text((values, own, kwargs)), SCOPE_MAX_BYTES, "scope")
+        if self._constant_scope is not None:
+            scope = self._constant_scope
+        elif self._scope is not None:
+            scope = _fit(self._scope.text(values, own, kwargs), SCOPE_MAX_BYTES, "scope")
         else:
             scope = self._default_scope if default_scope is None else check_scope(default_scope)
-        key = _fit(self._key.text((values, own, kwargs)), KEY_MAX_BYTES, "key")
+        key = _fit(self._key.text(values, own, kwargs), KEY_MAX_BYTES, "key")
         fingerprint = None
         if isinstance(self._fingerprint, ArgumentsFingerprint):
             fingerprint = self._fingerprint.of(values, skip_first=framework_argument)
@@ -193,6 +198,8 @@ def check_scope(scope: object, *, stored: bool = False) -> str:
 
 
 def _fit(text: str, limit: int, what: str, *, stored: bool = False) -> str:
+    if len(text) < _HASHED_CHARS and text.isascii() and "\0" not in text:
+        return text  # as nearly all are: within any limit, and too short to look hashed
     encoded = _encoded(text, what)
     looks_hashed = text[-_HASHED_CHARS:-64] == _HASHED
     if len(encoded) <= limit and (stored or not looks_hashed):
@@ -257,21 +264,21 @@ def _scalar_text(value: object) -> str | None:
 class _Field:
     """One {field} of a template and the literal text behind it."""
 
-    written: str
+    name: str  # for errors
     position: int  # of its parameter
     steps: tuple[tuple[bool, Any], ...]  # (True, attribute) or (False, item), from the parameter inwards
     following: str
     separator: str  # the first character of `following` where another field comes after it, else ""
 
-    def text(self, values: Sequence[object], what: str) -> str:
+    def text(self, values: Sequence[object]) -> str:
         value: Any = values[self.position]
         for is_attribute, step in self.steps:
             try:
                 value = getattr(value, step) if is_attribute else value[step]
             except (AttributeError, LookupError, TypeError):
                 kind = type(value).__qualname__
-                raise InvalidKeyError(f"{self.written} in {what} is missing: {kind} has no {step!r}") from None
-        text = _text(value, f"{self.written} in {what}")
+                raise InvalidKeyError(f"{self.name} is missing: {kind} has no {step!r}") from None
+        text = value if type(value) is str and value.strip() else _text(value, self.name)
         if self.separator and (self.separator in text or "%" in text):
             escape = "".join(f"%{byte:02X}" for byte in self.separator.encode())
             text = text.replace("%", "%25").replace(self.separator, escape)
@@ -281,10 +288,9 @@ class _Field:
 class _Template:
     """Literal text and fields, taken apart and checked once."""
 
-    __slots__ = ("fields", "start", "what")
+    __slots__ = ("fields", "start")
 
     def __init__(self, template: str, what: str, names: Sequence[str]) -> None:
-        self.what = what
         literals, fields = [""], []
         try:
             if not _encoded(template, "template").strip():
@@ -298,16 +304,18 @@ class _Template:
                     literals.append("")
             last = len(fields) - 1
             self.start = literals[0]
-            self.fields = [_field(field, literals[n + 1], n == last, names) for n, field in enumerate(fields)]
+            self.fields = [_field(field, what, literals[n + 1], n == last, names) for n, field in enumerate(fields)]
         except ValueError as error:
             raise ConfigurationError(f"{what} cannot be {template!r}: {error}") from None
 
-    def text(self, call: _Call) -> str:
-        values, _, _ = call
-        return self.start + "".join([field.text(values, self.what) for field in self.fields])
+    def text(self, values: Sequence[object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        text = self.start
+        for field in self.fields:
+            text += field.text(values)
+        return text
 
 
-def _field(field: str, following: str, is_last: bool, names: Sequence[str]) -> _Field:
+def _field(field: str, what: str, following: str, is_last: bool, names: Sequence[str]) -> _Field:
     matched = _FIELD.fullmatch(field)
     if matched is None:
         raise ValueError(f"{{{field}}} is not a parameter, or one with .attribute and [item] behind it")
@@ -323,7 +331,7 @@ def _field(field: str, following: str, is_last: bool, names: Sequence[str]) -> _
     if not is_last and following[:1] in "%0123456789ABCDEF":
         raise ValueError(f"behind {{{field}}} a separator is needed, such as : or /, or two calls could have one text")
     separator = "" if is_last else following[0]
-    return _Field(f"{{{field}}}", names.index(name), tuple(steps), following, separator)
+    return _Field(f"{{{field}}} in {what}", names.index(name), tuple(steps), following, separator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,8 +341,7 @@ class _Called:
     function: Callable[..., object]
     name: str
 
-    def text(self, call: _Call) -> str:
-        _, args, kwargs = call
+    def text(self, values: Sequence[object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         return _text(self.function(*args, **kwargs), self.name)
 
 
@@ -383,7 +390,7 @@ def _known(names: Sequence[str], name: object = "") -> str:
 class _Binder:
     """Binds calls to the parameters of a handler, as Python does."""
 
-    __slots__ = ("_at_least", "_at_most", "_owner", "_parameters", "_signature")
+    __slots__ = ("_at_least", "_at_most", "_by_position", "_owner", "_parameters", "_signature")
 
     def __init__(self, owner: str, signature: inspect.Signature) -> None:
         self._owner = owner
@@ -395,12 +402,15 @@ class _Binder:
         self._at_most = self._at_least + kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds:
             self._at_most = -1  # not by the short way
+        self._by_position = self._at_most if self._at_most == len(parameters) else -1
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[object]:
         """Return the values of all parameters, in their order; TypeError for arguments that the handler does not take.
 
         Nearly all calls go by the short way, in a tenth of the time that `inspect.Signature.bind` takes.
         """
+        if len(args) == self._by_position and not kwargs:
+            return args
         if self._at_least <= len(args) <= self._at_most:
             values, used = list(args), 0
             for name, default in self._parameters[len(args) :]:

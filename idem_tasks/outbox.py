@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from idem_tasks.claims import Lease, OutboxMessage, new_owner
+from idem_tasks.claims import HANDLER_HAS_ENDED, Lease, OutboxMessage, new_owner
 from idem_tasks.errors import ConfigurationError, MessageError, StoreError
 from idem_tasks.events import Announcer, EventName
 from idem_tasks.runtime import Asyncio, Runtime, deadline_clock, interruption_in
@@ -159,7 +159,7 @@ class OutgoingMessages:
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
-            raise ConfigurationError("the handler has ended: what it publishes now would never be sent")
+            raise ConfigurationError(HANDLER_HAS_ENDED)
 
     def _add(
         self,

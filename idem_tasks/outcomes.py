@@ -28,6 +28,7 @@ import msgspec.inspect
 
 from . import tagged
 from .errors import ConfigurationError, OutcomeError
+from .values import value
 
 
 class Unannotated(enum.Enum):
@@ -40,7 +41,7 @@ UNANNOTATED: Final = Unannotated.UNANNOTATED
 """Stands in for a return annotation that is missing, says nothing (`Any`) or cannot be resolved."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class OutcomeContext:
     """Which record an outcome belongs to, for codecs that bind the bytes to it."""
 
@@ -93,7 +94,9 @@ class JsonCodec:
         """Give bytes that `decode` turns into the same value; `OutcomeError`, naming types only, where none do."""
         try:
             data = _encode(value, type)
-            problem = _changed(value, _decode(data, type)) if self.verify else ""
+            problem = ""
+            if self.verify and not tagged.same(value, decoded := _decode(data, type)):
+                problem = tagged.difference(value, decoded)
         except Exception as error:  # noqa: BLE001  (a class may raise anything)
             raise _cannot_be_kept(value, type, _reason(error, type)) from None
         if problem:
@@ -143,12 +146,8 @@ def _decode(data: bytes, annotation: Any) -> Any:
         if not data.endswith(b"}"):
             raise OutcomeError("it is cut off")
         return _typed_form(annotation).decode(data[len(_TYPED) : -1])
-    form = msgspec.json.decode(data)
+    form = _from_json(data)
     return tagged.untag(form) if b'"$' in data else form  # no tag without these two bytes
-
-
-def _changed(value: Any, decoded: Any) -> str:
-    return "" if tagged.same(value, decoded) else tagged.difference(value, decoded)
 
 
 def _cannot_be_kept(value: Any, annotation: Any, problem: str) -> OutcomeError:
@@ -257,6 +256,7 @@ def _read_hook(kind: Any, form: Any) -> Any:
 
 
 _to_json = msgspec.json.Encoder(enc_hook=_write_hook).encode
+_from_json = msgspec.json.Decoder().decode
 
 
 def _make_pydantic_form(annotation: Any) -> _TypedForm:

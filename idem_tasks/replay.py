@@ -31,12 +31,12 @@ def keep(call: Call, value: Any) -> EncodedOutcome:
     No fault of the codec or the value is raised, because the effect has happened (F43). What cannot be kept is logged,
     and the record, or step, is completed without it.
     """
-    if call.policy.on_duplicate == "skip" and call.step is None:
+    policy, codec, before = call.request.policy, call.services.codec, sys.exception()
+    if policy.on_duplicate == "skip" and call.step is None:
         return EncodedOutcome(not_kept="skipped")
-    codec, before = call.services.codec, sys.exception()
     try:
         body = codec.encode(value, call.return_type(), call.context)
-        kept = EncodedOutcome(body=memoryview(body).tobytes(), codec=codec.name)
+        kept = EncodedOutcome(body=body if type(body) is bytes else memoryview(body).tobytes(), codec=codec.name)
     except Exception as error:
         # A user's codec may raise anything, and the effect must be recorded. What struck from outside is no fault.
         if interruption_in(error, before) is not None:
@@ -44,10 +44,10 @@ def keep(call: Call, value: Any) -> EncodedOutcome:
         reason = str(error) if isinstance(error, OutcomeError) else type(error).__name__
         call.announce(EventName.OUTCOME_NOT_KEPT, reason=reason)
         return EncodedOutcome(not_kept="not_encodable")
-    if len(body) > call.policy.max_outcome_bytes:
+    if len(body) > policy.max_outcome_bytes:
         call.announce(
             EventName.OUTCOME_NOT_KEPT,
-            reason=f"{len(body)} bytes are more than max_outcome_bytes={call.policy.max_outcome_bytes}",
+            reason=f"{len(body)} bytes are more than max_outcome_bytes={policy.max_outcome_bytes}",
         )
         return EncodedOutcome(not_kept="too_large")
     return kept

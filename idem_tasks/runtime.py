@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import CoroutineType
 from typing import Any, Protocol, TypeVar
 
@@ -19,14 +20,12 @@ from idem_tasks.errors import ConfigurationError
 
 T = TypeVar("T")
 
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
+
+def _system_clock(boottime: int | None) -> Callable[[], float]:
+    return time.monotonic if boottime is None else partial(time.clock_gettime, boottime)
 
 
-def _system_clock() -> float:
-    return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
-
-
-_read_clock: Callable[[], float] = _system_clock
+_read_clock = _system_clock(getattr(time, "CLOCK_BOOTTIME", None))
 
 
 def deadline_clock() -> float:

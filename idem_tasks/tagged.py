@@ -49,7 +49,7 @@ def tag(value: Any) -> Any:
     """Give the JSON form of a built-in value, nested to any depth; `NoForm` where there is none."""
     kind = type(value)
     if kind is str:
-        return value if _is_unicode(value) else {"$str": _write_text(value)}
+        return value if value.isascii() or _is_unicode(value) else {"$str": _write_text(value)}
     if kind is int:
         return value if _INT_MIN <= value <= _INT_MAX else {"$int": hex(value)}
     if kind is bool or kind is _NONE:
@@ -68,15 +68,13 @@ def tag(value: Any) -> Any:
 
 def _tag_dict(value: dict[Any, Any]) -> dict[str, Any]:
     for key in value:
-        if type(key) is not str or not _is_unicode(key) or (len(value) == 1 and key.startswith("$")):
+        if type(key) is not str or not (key.isascii() or _is_unicode(key)) or (len(value) == 1 and key[:1] == "$"):
             return {"$dict": [[tag(key), tag(item)] for key, item in value.items()]}
     return {key: tag(item) for key, item in value.items()}
 
 
 def _is_unicode(text: str) -> bool:
     """Whether UTF-8 can hold the text: lone surrogates, as in undecodable file names, it cannot."""
-    if text.isascii():
-        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -55,7 +55,6 @@ from idem_tasks.errors import (
     comes_again,
 )
 from idem_tasks.events import EventName
-from idem_tasks.outbox import OutgoingMessages
 from idem_tasks.replay import DOUBTFUL_SIZE, keep_failure, message_of, outcome_of_another, replay, type_name
 from idem_tasks.runtime import FIRST_PAUSE, LONGEST_PAUSE, HandlerStopIteration, deadline_clock, is_interruption
 from idem_tasks.session_run import commit_of_handler, finish_in, run_in_session
@@ -100,7 +99,8 @@ async def open_claim(call: Call, told: Answer | None = None) -> Claim | Finished
     Where the policy lets the handler run all the same (`enabled`, `shadow`, `on_store_unavailable`), the claim is
     not protected: nothing is recorded under it. `told` is what the store has answered already, asked for many at once.
     """
-    if not call.policy.active:
+    policy = call.request.policy
+    if not policy.active:
         return unprotected(call)
     if not call.request.key:  # in shadow only; elsewhere no key is an error
         call.announce(EventName.UNPROTECTED_RUN, error="no usable key")
@@ -108,7 +108,7 @@ async def open_claim(call: Call, told: Answer | None = None) -> Claim | Finished
     try:
         claim = await claim_or_wait(call, told)
     except IdemTasksError as error:
-        if call.policy.shadow and not isinstance(error, StoreError | ConfigurationError):
+        if policy.shadow and not isinstance(error, StoreError | ConfigurationError):
             call.announce(EventName.SHADOW_DUPLICATE, found=type(error).__name__)
         elif not runs_without_store(call, error):
             if isinstance(error, StoreError):
@@ -122,7 +122,7 @@ async def open_claim(call: Call, told: Answer | None = None) -> Claim | Finished
             raise
         # A soft time limit, and nothing has run: the message has to come again, though Celery would fail it (F31).
         raise never_began(call, struck) from struck
-    if isinstance(claim, Finished) and call.policy.shadow:
+    if policy.shadow and isinstance(claim, Finished):
         call.announce(EventName.SHADOW_DUPLICATE, found=claim.outcome.state.value)
         return unprotected(call)
     return claim
@@ -138,17 +138,17 @@ def runs_without_store(call: Call, error: IdemTasksError) -> bool:
 
 async def claim_or_wait(call: Call, told: Answer | None = None) -> Claim | Finished:
     """Claim the key; while it is in progress elsewhere, wait as long as the policy says."""
-    waits = call.policy.on_in_progress == "wait" and not call.policy.shadow
-    waits_until = deadline_clock() + (call.policy.wait_timeout if waits else 0.0)
-    scope, key, pause = call.request.scope, call.request.key, FIRST_PAUSE
-    request = call.request
+    request, pause, waits_until = call.request, FIRST_PAUSE, -math.inf
+    scope, key, policy = request.scope, request.key, request.policy
+    if policy.on_in_progress == "wait" and not policy.shadow:
+        waits_until = deadline_clock() + policy.wait_timeout
     while True:
         answer = told or await claim_or_withdraw(call, request, partial(call.services.store.claim, request))
         told = None
         match answer:
             case Claim() | Finished() as opened:
                 return opened
-            case InDoubt(dead=Lease() as dead) if callable(call.policy.on_crash):
+            case InDoubt(dead=Lease() as dead) if callable(policy.on_crash):
                 decided = await end_doubt(call, request, dead)
                 if not isinstance(decided, ClaimRequest):
                     return decided
@@ -193,8 +193,9 @@ async def end_doubt(call: Call, request: ClaimRequest, dead: Lease) -> Claim | F
 
 def new_claim(call: Call, lease: Lease, *, asked_at: float) -> Claim:
     """Return a lease as its handler sees it, with what its steps and messages need."""
-    outgoing = OutgoingMessages(lease, call.services.store, call.services.senders)
-    return Claim(lease, Steps(call), asked_at=asked_at, outgoing=outgoing)
+    return Claim(
+        lease, Steps(call), asked_at=asked_at, outgoing=call.services.outgoing, finish_in=partial(finish_in, call)
+    )
 
 
 def unprotected(call: Call) -> Claim:
@@ -227,7 +228,7 @@ async def claim_or_withdraw(
 
 async def take_up_in_time(call: Call, lease: Lease, asked_at: float) -> Claim:
     """Hold a claim whose grant came in time; one that came late is given back, and the message comes again."""
-    if deadline_clock() < asked_at + call.policy.lease:
+    if deadline_clock() < asked_at + lease.request.policy.lease:
         return take_up(call, lease, asked_at)
     # Its lease may be over and another at work (F1).
     await call.services.runtime.shield(lambda: give_back(call, lease))
@@ -245,7 +246,6 @@ def too_late(call: Call) -> StoreUnavailableError:
 def take_up(call: Call, lease: Lease, asked_at: float) -> Claim:
     """Hold a granted claim: the heartbeat renews it from now on."""
     claim = new_claim(call, lease, asked_at=asked_at)
-    claim.finishes_by(partial(finish_in, call, claim))
     call.services.heartbeat.hold(claim)
     if lease.taken_over:
         call.announce(EventName.TAKEN_OVER, fencing_token=lease.fencing_token, crashes=lease.crashes)
@@ -265,11 +265,11 @@ async def withdraw(call: Call, request: ClaimRequest) -> None:
             await give_back(call, answer.lease)
 
 
-async def run(call: Call, claim: Claim, handler: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run(call: Call, claim: Claim, handler: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Awaitable[Any]:
     """Step 3: run the handler; with `session=` step 4 too, and `claim.ending` says then how it ended."""
     if call.session is not None:
-        return await run_in_session(call, claim, call.session, handler, args, kwargs)
-    return await call.services.runtime.invoke(handler, args, kwargs)
+        return run_in_session(call, claim, call.session, handler, args, kwargs)
+    return call.services.runtime.invoke(handler, args, kwargs)
 
 
 async def seen_committed(call: Call, claim: Claim) -> Any:
@@ -337,7 +337,7 @@ async def finish(
     without another try, which could take long, and meanwhile somebody else runs the message.
     """
     store, pause, refused = call.services.store, FIRST_PAUSE, away
-    call.services.heartbeat.let_go(claim.lease.owner)
+    call.services.heartbeat.let_go(call.request.owner)
     while refused is None or (not call.policy.shadow and deadline_clock() + pause < claim.deadline):
         if refused is not None:
             await call.services.runtime.sleep(pause)

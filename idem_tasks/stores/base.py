@@ -41,6 +41,7 @@ from idem_tasks.claims import (
 )
 from idem_tasks.errors import ConfigurationError, ConflictError
 from idem_tasks.events import Announcer
+from idem_tasks.values import value
 
 RuntimeName = Literal["blocking", "asyncio"]
 
@@ -440,14 +441,14 @@ class MarkerTaken:
     """Nobody had a marker; ours stands now (or it was ours already: the reply to our first try was lost)."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class MarkerRunning:
     """Somebody else's marker stands; it expires in `retry_after` seconds unless it is renewed."""
 
     retry_after: float
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class MarkerFinished:
     """The finished outcome, served without SQL."""
 

@@ -34,10 +34,6 @@ class Server(Protocol):
         """Set the key for so many milliseconds unless it is there; return what stood there."""
         ...
 
-    async def milliseconds_left(self, key: bytes) -> int:
-        """Return what is left of the key's time: -1 if it has none, -2 if there is no such key."""
-        ...
-
     async def run(self, text: str, key: bytes, *arguments: Argument) -> Any:
         """Run a script on one key."""
         ...
@@ -115,7 +111,7 @@ class _Outcome(msgspec.Struct, array_like=True, frozen=True):
             self.not_kept,
             self.error_type,
             self.error_message,
-            tuple(OutboxMessage(m.id, scope, key, token, m.number, m.to, m.content) for m in self.messages),
+            tuple([OutboxMessage(m.id, scope, key, token, m.number, m.to, m.content) for m in self.messages]),
         )
 
 
@@ -165,7 +161,7 @@ def _put_back_value(owner: str) -> bytes:
 
 
 class RedisMarkers:
-    """The verbs of a `Marker` on a `Server`. One round trip each; `take` needs a second for another's running one.
+    """The verbs of a `Marker` on a `Server`. One round trip each; who meets another's running one sends a second.
 
     Every key it writes has a time to live, and every change sets a new one.
     """
@@ -182,20 +178,15 @@ class RedisMarkers:
         """
         key = self._place(request.scope, request.key)
         value, lease = _taken_value(request), milliseconds(request.policy.lease)
-        standing = await self._server.set_if_absent(key, value, lease)
-        if standing is None or not standing.startswith(b"running:"):
-            return _not_running(standing, key, request)
-        if standing.startswith(_running(request.owner)):
-            # Ours already: the first try was stored and its reply lost (F22).
-            return MarkerTaken()
-        left = await self._time_left(key)
-        if left > request.policy.lease:
-            # Its holder's lease is longer than ours, or it has ended meanwhile and this is the life of its outcome.
-            now_standing = await self._server.set_if_absent(key, value, lease)
-            if now_standing is None or not now_standing.startswith(b"running:"):
-                return _not_running(now_standing, key, request)
-            left = left if now_standing == standing else 0.0
-        return MarkerRunning(left)
+        if request.take == 1:
+            # Mostly no other's runs: then SET is enough, which takes less of Redis than a script.
+            standing = await self._server.set_if_absent(key, value, lease)
+            if standing is None or not standing.startswith(b"running:") or standing.startswith(_running(request.owner)):
+                return _read_marker(standing, None, key, request)
+        # Who waits for another's asks in one step what stands there now, and for how long.
+        (found,) = await self._server.run(_TAKE_EACH, key, value, lease)
+        standing, left = found or (None, None)
+        return _read_marker(standing, left, key, request)
 
     async def take_batch(self, requests: Sequence[ClaimRequest]) -> list[MarkerAnswer | None]:
         """As `take` for each; None for what `take` cannot read, or what never expires."""
@@ -208,13 +199,6 @@ class RedisMarkers:
             ],
         )
         return [_taken(each, key, request) for each, key, request in zip(standing, keys, requests, strict=True)]
-
-    async def _time_left(self, key: bytes) -> float:
-        left = await self._server.milliseconds_left(key)
-        if left == _NO_EXPIRY:
-            # None of our commands leaves such a key. Waiting for it to end would be waiting for ever (F33).
-            raise StoreError(f"the marker {_shown(key)} in Redis never expires; delete it")
-        return max(left, 0) / 1000
 
     async def give_back(self, scope: str, key: str, owner: str) -> None:
         """Delete our own running marker, and nobody else's."""
@@ -308,30 +292,38 @@ _NO_EXPIRY = -1
 
 
 def _taken(found: tuple[bytes, int] | None, key: bytes, request: ClaimRequest) -> MarkerAnswer | None:
-    """What stood there as one of many was taken, and how many milliseconds it has left; None: ours was set."""
-    if found is None:
-        return MarkerTaken()
-    standing, left = found
-    if not standing.startswith(b"running:"):
-        try:
-            return _not_running(standing, key, request)
-        except StoreError:
-            return None
-    if standing.startswith(_running(request.owner)):
-        return MarkerTaken()
-    return None if left == _NO_EXPIRY else MarkerRunning(left / 1000)
+    """As `_read_marker` for one of many; None for what that cannot read, or what never expires."""
+    standing, left = found or (None, None)
+    try:
+        return _read_marker(standing, left, key, request)
+    except StoreError:
+        return None
 
 
-def _not_running(standing: bytes | None, key: bytes, request: ClaimRequest) -> MarkerAnswer:
-    """What a marker says that is not running; None: there was none, and ours was set."""
+def _read_marker(standing: bytes | None, left: int | None, key: bytes, request: ClaimRequest) -> MarkerAnswer:
+    """What stood there as it was taken; None: there was none, and ours was set.
+
+    `left` are its milliseconds, if it is running and another's.
+    """
     if standing is None:
         return MarkerTaken()
     kind, _, rest = standing.partition(b":")
     if kind == b"finished":
         return _read_finished(rest, key, request)
+    if kind == b"running":
+        # Ours already: an earlier try was stored and its reply lost (F22).
+        return MarkerTaken() if standing.startswith(_running(request.owner)) else _read_running(left, key)
     if kind == b"pending":
         return _read_pending(rest, standing, key, request)
     raise _unreadable(key)
+
+
+def _read_running(left: int | None, key: bytes) -> MarkerRunning:
+    assert left is not None
+    if left == _NO_EXPIRY:
+        # None of our commands leaves such a key. Waiting for it to end would be waiting for ever (F33).
+        raise StoreError(f"the marker {_shown(key)} in Redis never expires; delete it")
+    return MarkerRunning(left / 1000)
 
 
 def _read_finished(text: bytes, key: bytes, request: ClaimRequest) -> MarkerFinished:

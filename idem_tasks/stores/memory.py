@@ -214,11 +214,11 @@ class MemoryStore:
     async def claim(self, request: ClaimRequest) -> ClaimAnswer:
         """Claim the record, or tell why not. Raises nothing."""
         with self._lock:
-            now = self._clock()
-            row = self._rows.get((request.scope, request.key))
+            now, place = self._clock(), (request.scope, request.key)
+            row = self._rows.get(place)
             if row is None:
                 self._sweep(now)
-                row = self._rows[request.scope, request.key] = _Row(request.scope, request.key, now, now)
+                row = self._rows[place] = _Row(request.scope, request.key, now, now)
                 return self._grant(row, request, now)
             if row.retention_is_over(now):
                 self._begin_generation(row, now)
@@ -362,16 +362,17 @@ class MemoryStore:
     ) -> Recorded | Finished | Lost:
         """Record the outcome under this lease's fence; with `may_insert` also where the record has vanished."""
         with self._lock:
-            now = self._clock()
-            row = self._rows.get((lease.scope, lease.key))
+            now, request = self._clock(), lease.request
+            row = self._rows.get((request.scope, request.key))
             if row is None and may_insert:
-                row = self._rows[lease.scope, lease.key] = _vanished(lease, now)
+                row = self._rows[request.scope, request.key] = _vanished(lease, now)
             if row is None:
                 return Lost()
             if row.obeys(lease.owner, lease.fencing_token):
                 if row.state in _FENCED:
                     row.record_outcome(outcome, now, lease.policy.retention)
-                    self.outbox.add(outcome.messages)
+                    if outcome.messages:
+                        self.outbox.add(outcome.messages)
                 if row.state is outcome.state:
                     return Recorded()
             return row.as_finished(now) if row.state in _ENDED else Lost()

@@ -10,10 +10,10 @@ import inspect
 import os
 import re
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from types import CoroutineType
+from typing import Any, cast
 
 import redis
 import redis.asyncio
@@ -42,8 +42,6 @@ from idem_tasks.stores.lua import script
 from idem_tasks.stores.marker import Argument, RedisMarkers
 from idem_tasks.stores.redis_records import RedisRecords
 from idem_tasks.stores.redis_urls import Address, parse_address
-
-T = TypeVar("T")
 
 RedisClient = redis.Redis | redis.RedisCluster | redis.asyncio.Redis | redis.asyncio.RedisCluster
 
@@ -284,48 +282,35 @@ class _Connection:
         self._by_loop: dict[asyncio.AbstractEventLoop, _Client] = {}
 
     async def set_if_absent(self, key: bytes, value: bytes, milliseconds: int) -> bytes | None:
-        async def send(client: _Client) -> Any:
-            if client.sets_and_gets:
-                return await _set_and_get(client.redis, key, value, milliseconds)
-            return await _evaluated(client.redis, _TAKE, key, value, milliseconds)
-
-        standing: bytes | None = await self._call(send)
+        standing: bytes | None = await self._call(_set_if_absent, key, value, milliseconds)
         return standing
 
-    async def milliseconds_left(self, key: bytes) -> int:
-        left: int = await self._call(lambda client: resolve(client.redis.pttl(key)))
-        return left
-
     async def run(self, text: str, key: bytes, *arguments: Argument) -> Any:
-        return await self._call(lambda client: _evaluated(client.redis, text, key, *arguments))
+        return await self._call(_evaluated, text, key, *arguments)
 
     async def run_each(self, text: str, calls: Sequence[tuple[bytes, Sequence[Argument]]]) -> list[Any]:
         commands = [("EVAL", text, b"1", key, *map(_packable, arguments)) for key, arguments in calls]
-        return await self._call(lambda client: _pipelined(client.redis, commands)) if commands else []
+        return cast(list[Any], await self._call(_pipelined, commands)) if commands else []
 
     async def run_over(self, text: str, calls: Sequence[tuple[bytes, Sequence[Argument]]]) -> list[Any]:
         replies: list[Any] = []
         for start in range(0, len(calls), _KEYS_AT_ONCE):
             some = calls[start : start + _KEYS_AT_ONCE]
-            replies += await self._call(partial(_evaluated_over, text=text, calls=some))
+            replies += await self._call(_evaluated_over, text, some)
         return replies
 
     async def delete(self, keys: Sequence[bytes]) -> None:
         commands = [("DEL", key) for key in keys]
         if commands:
-            await self._call(lambda client: _pipelined(client.redis, commands))
+            await self._call(_pipelined, commands)
 
     async def keys(self, beginning: bytes) -> set[bytes]:
         pattern = re.sub(rb"([\\*?\[\]^-])", rb"\\\1", beginning) + b"*"
-        return await self._call(lambda client: _scanned(client.redis, pattern))
+        return cast(set[bytes], await self._call(_scanned, pattern))
 
     async def test(self) -> None:
         """Connect, and test the server unless this client has."""
-
-        async def nothing(client: _Client) -> None:
-            await resolve(client.redis.get(self._prefix + b"test:"))
-
-        await self._call(nothing)
+        await self._call(_got, self._prefix + b"test:")
 
     async def close(self) -> None:
         if self._runtime == "blocking":
@@ -340,7 +325,8 @@ class _Connection:
             for each in client.opened:
                 each.close()
 
-    async def _call(self, send: Callable[[_Client], Awaitable[T]]) -> T:
+    async def _call(self, send: Callable[..., Any], *arguments: Any) -> Any:
+        """Send something to this process's or event loop's client, once that may be done, and return the reply."""
         client = self._client()
         wait = client.breaker.wait()
         if wait:
@@ -352,7 +338,9 @@ class _Connection:
                 await self._open(client)
             if not client.tested:
                 await self._test(client)
-            reply = await send(client)
+            reply = send(client, *arguments)
+            if self._runtime == "asyncio" or type(reply) is CoroutineType:
+                reply = await resolve(reply)
         except _CLIENT_ERRORS as error:
             explained, away = _explained(error, self._opener.name, new=not client.tested)
             if away:
@@ -407,7 +395,7 @@ class _Connection:
         """Find out by trying, never by a version number, whether the server does what everything rests on (F20)."""
         key = self._prefix + b"test:" + secrets.token_hex(16).encode()
         taken, taken_again, standing, left, others, own = await _pipelined(
-            client.redis,
+            client,
             [
                 ("SET", key, b"a", "NX", "PX", _packable(_PROBE_TTL)),
                 ("SET", key, b"b", "NX", "PX", _packable(_PROBE_TTL)),
@@ -440,8 +428,8 @@ class _Connection:
         Servers before 7.0 refuse it, and one that ends the connection with every error can be asked nothing more.
         """
         try:
-            first = await _set_and_get(client.redis, key, b"a", _PROBE_TTL)
-            second = await _set_and_get(client.redis, key, b"b", _PROBE_TTL)
+            first = await resolve(_set_and_get(client, key, b"a", _PROBE_TTL))
+            second = await resolve(_set_and_get(client, key, b"b", _PROBE_TTL))
         except exceptions.ResponseError as error:
             if _code(error):
                 raise
@@ -450,19 +438,32 @@ class _Connection:
         return first is None and second == b"a"
 
 
-async def _set_and_get(client: Any, key: bytes, value: bytes, milliseconds: int) -> Any:
-    px = _packable(milliseconds)
-    return await resolve(client.execute_command("SET", key, value, "NX", "GET", "PX", px, get=True))
+# What is sent: the reply, or what an asyncio client's reply is awaited for.
 
 
-async def _evaluated(client: Any, text: str, key: bytes, *arguments: Argument) -> Any:
-    return await resolve(client.execute_command("EVAL", text, b"1", key, *map(_packable, arguments)))
+def _set_if_absent(client: _Client, key: bytes, value: bytes, milliseconds: int) -> Any:
+    if client.sets_and_gets:
+        return _set_and_get(client, key, value, milliseconds)
+    return _evaluated(client, _TAKE, key, value, milliseconds)
+
+
+def _set_and_get(client: _Client, key: bytes, value: bytes, milliseconds: int) -> Any:
+    return client.redis.execute_command("SET", key, value, "NX", "GET", "PX", b"%d" % milliseconds, get=True)
+
+
+def _evaluated(client: _Client, text: str, key: bytes, *arguments: Argument) -> Any:
+    packable = [each if type(each) is bytes else _packable(each) for each in arguments]
+    return client.redis.execute_command("EVAL", text, b"1", key, *packable)
+
+
+def _got(client: _Client, key: bytes) -> Any:
+    return client.redis.get(key)
 
 
 async def _evaluated_over(client: _Client, text: str, calls: Sequence[tuple[bytes, Sequence[Argument]]]) -> list[Any]:
     if isinstance(client.redis, _CLUSTERS):  # whose nodes refuse keys of several slots in one command
         commands = [("EVAL", text, b"1", key, *map(_packable, arguments)) for key, arguments in calls]
-        return [reply for (reply,) in await _pipelined(client.redis, commands)]
+        return [reply for (reply,) in await _pipelined(client, commands)]
     keys = [key for key, _ in calls]
     arguments = [each if type(each) is bytes else _packable(each) for _, some in calls for each in some]
     replies: list[Any] = await resolve(client.redis.execute_command("EVAL", text, b"%d" % len(keys), *keys, *arguments))
@@ -478,9 +479,11 @@ def _packable(argument: Argument) -> bytes:
     return b"%d" % argument if isinstance(argument, int) else argument
 
 
-async def _pipelined(client: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+async def _pipelined(client: _Client, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Send all commands before the first reply is read; raise the first error among the replies."""
-    pipeline = client.pipeline(transaction=False)
+    # Held to the end: another thread may open a client too and put it in this one's place, which redis-py then closes.
+    held = client.redis
+    pipeline = held.pipeline(transaction=False)
     for command in commands:
         pipeline.execute_command(*command)
     replies: list[Any] = await resolve(pipeline.execute(raise_on_error=False))
@@ -490,15 +493,16 @@ async def _pipelined(client: Any, commands: Sequence[tuple[Any, ...]]) -> list[A
     return replies
 
 
-async def _scanned(client: Any, pattern: bytes) -> set[bytes]:
+async def _scanned(client: _Client, pattern: bytes) -> set[bytes]:
     """Return all keys like this; SCAN may give one twice."""
     found: set[bytes] = set()
-    nodes = client.get_primaries() if isinstance(client, _CLUSTERS) else [None]
+    held = client.redis
+    nodes = held.get_primaries() if isinstance(held, _CLUSTERS) else [None]
     for node in nodes:
         cursor: Any = 0
         while True:
             where = {} if node is None else {"target_nodes": node}
-            cursor, keys = await resolve(client.scan(cursor=cursor, match=pattern, count=1000, **where))
+            cursor, keys = await resolve(held.scan(cursor=cursor, match=pattern, count=1000, **where))
             found.update(keys)
             if isinstance(cursor, dict):  # a cluster's client tells each node's own
                 cursor = next(iter(cursor.values()))

@@ -806,7 +806,7 @@ if owner in self._held and deadline_clock() > self._held[owner].deadline:
     Mutant(
         name="nothing is renewed",
         module=_HEARTBEAT,
-        before="self._held[claim.lease.owner] = claim",
+        before="self._held[claim.lease.request.owner] = claim",
         after="pass",
         laws=("KEPT_ALIVE",),
         scenario="heartbeats in time",

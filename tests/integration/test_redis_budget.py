@@ -91,14 +91,16 @@ def costs(request: pytest.FixtureRequest, redis_url: str, monkeypatch: pytest.Mo
 
 
 def test_a_marker_verb_is_one_round_trip_and_leaves_a_time_to_live(costs: Costs) -> None:
-    """One each; only who meets another's running marker sends a second, to learn how long it still stands."""
+    """One each; only who meets another's running one sends a second, to learn how long it stands, then one a look."""
     marker = costs.store
     first = request(lease=60.0, retention=3600.0)
     lease = Lease(first, 7)
     finished = Finished(DONE, None, 3600.0)
     assert costs(marker.take(first)) == MarkerTaken()
     assert costs.lifetime() == pytest.approx(60, abs=5)
-    assert isinstance(costs(marker.take(request()), cost=2), MarkerRunning)
+    waiting = request()
+    assert isinstance(costs(marker.take(waiting), cost=2), MarkerRunning)
+    assert isinstance(costs(marker.take(waiting.again())), MarkerRunning)
     longer = Lease(ClaimRequest("scope", "key", None, first.owner, Policy(lease=90.0)), 7)
     costs(marker.renew_markers([longer]))
     assert costs.lifetime() == pytest.approx(90, abs=5)

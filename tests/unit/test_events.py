@@ -122,6 +122,19 @@ def test_a_level_that_is_off_costs_no_text(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL])
+def test_an_event_that_may_be_logged_is_made(caplog: pytest.LogCaptureFixture, level: int) -> None:
+    """Where only the log listens, what it is to have is not held back, whatever its details make of it."""
+    announce = Announcer()
+    with caplog.at_level(level, logger="idem_tasks"):
+        for name in EventName:
+            before = len(caplog.records)
+            log_event(Event(name, "s", "k", {"count": 10}))
+            assert announce.is_heard(name) == (len(caplog.records) > before)
+    assert not Announcer(()).is_heard(EventName.PARKED)
+    assert all(Announcer((log_event, print)).is_heard(name) for name in EventName)
+
+
 @pytest.mark.parametrize("count, level", [(1, logging.INFO), (9, logging.INFO), (10, logging.WARNING)])
 def test_a_message_that_goes_round_is_a_warning(caplog: pytest.LogCaptureFixture, count: int, level: int) -> None:
     """Copies are counted and alerted on: one that was put back ten times is for somebody to look at (F64)."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from idem_tasks import (
+    Claim,
     ConfigurationError,
     Event,
     EventName,
@@ -391,6 +392,15 @@ def test_a_shutdown_while_it_sends_settles_what_was_sent(
     post.is_down = lambda _message: False
     clock.advance(61)
     assert idem.relay() == RelayReport(sent=left, failed=0, left=0)
+
+
+def test_a_handler_that_published_nothing_publishes_nothing_after_its_end(idem: Idempotency, post: Post) -> None:
+    """A thread that it left behind hears that its message would never be sent."""
+    claims: list[Claim] = []
+    idem.run(lambda: claims.append(current_claim()), scope="s", key="k")
+    with pytest.raises(ConfigurationError, match="has ended"):
+        claims[0].publish_message("late", to="mail")
+    assert post.bodies == []
 
 
 def test_a_block_publishes_too(idem: Idempotency, post: Post) -> None:

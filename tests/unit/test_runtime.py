@@ -17,6 +17,7 @@ from idem_tasks.runtime import (
     Blocking,
     HandlerStopIteration,
     deadline_clock,
+    deadline_clock_from,
     interruption_in,
     register_interruption,
     resolve,
@@ -119,10 +120,10 @@ def test_the_deadline_clock_runs_with_time_and_never_back() -> None:
     assert moments == sorted(moments)
 
 
-def test_the_deadline_clock_without_boottime(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deadline_clock_without_boottime() -> None:
     """Where the system has no clock that runs through suspend, it is the monotonic one."""
-    monkeypatch.setattr(runtime, "_CLOCK", None)
-    assert deadline_clock() == pytest.approx(time.monotonic(), abs=1)
+    with deadline_clock_from(runtime._system_clock(None)):
+        assert deadline_clock() == pytest.approx(time.monotonic(), abs=1)
 
 
 # invoke

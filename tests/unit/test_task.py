@@ -54,6 +54,29 @@ class NeedsTwoError(Exception):
 # One delivery after the other.
 
 
+def test_a_call_leaves_nothing_to_the_garbage_collector() -> None:
+    """What a call is made of goes as it ends: no circle waits in a busy process for a collection."""
+    idem = Idempotency(store=MemoryStore())
+
+    def charge(order: str) -> str:
+        return order
+
+    idem.run(charge, "A-1", scope=SCOPE, key="A-1")
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for key in ("A-2", "A-3", "A-2"):
+            idem.run(charge, key, scope=SCOPE, key=key)
+        gc.collect()
+        assert [left for left in gc.garbage if type(left).__module__.startswith("idem_tasks")] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    idem.close()
+
+
 def test_a_redelivered_message_replays_the_outcome(world: World) -> None:
     """The second delivery returns what the first one did, and the effect happens once."""
     charge = world.charge()

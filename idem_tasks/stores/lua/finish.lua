@@ -18,5 +18,4 @@ change(given({
   state = ARGV[3], expires_at = ends, completed_at = now, updated_at = now,
   attention = ARGV[3] == 'failed' and 'failed',
 }, {'outcome', 'codec', 'not_kept', 'error_type', 'error_message'}, 5), ends)
-record.outcome = nil
-return answer('recorded')
+return answer('recorded', {})

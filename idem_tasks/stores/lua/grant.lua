@@ -17,5 +17,5 @@ local function grant(word, first, changes)
   changes.attention = false
   given(changes, {'fingerprint', 'holder', 'traceparent'}, first)
   change(changes, math.max(ends, now + waiting))
-  return answer(word)
+  return answer(word, {'fencing_token', 'attempts', 'failures', 'crashes', 'generation'})
 end

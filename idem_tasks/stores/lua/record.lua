@@ -55,16 +55,23 @@ local function change(changes, ends)
     end
   end
   redis.call('HSET', KEYS[1], unpack(set))
-  if #gone > 0 then
+  if exists and #gone > 0 then
     redis.call('HDEL', KEYS[1], unpack(gone))
   end
   redis.call('PEXPIRE', KEYS[1], whole(math.max(math.ceil((ends - now) / 1000), 1)))
 end
 
--- What a script answers: a word, the time, and the record's fields.
-local function answer(word)
+-- What a script answers: a word, the time, and the record's fields; or only these, if they are named.
+local function answer(word, names)
   local reply = {word, whole(now)}
-  for field, value in pairs(record) do
+  local told = record
+  if names then
+    told = {}
+    for _, field in ipairs(names) do
+      told[field] = record[field]
+    end
+  end
+  for field, value in pairs(told) do
     reply[#reply + 1] = field
     reply[#reply + 1] = value
   end
