@@ -16,12 +16,11 @@ from __future__ import annotations
 import base64
 import dataclasses
 import datetime as dt
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from enum import Enum
-from importlib import import_module
-from importlib.util import find_spec
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 from uuid import UUID
@@ -138,13 +137,7 @@ def _checked_text(value: object, name: str) -> str:
 
 
 def _digest(text: str) -> str:
-    digest: str = _sha256(text.encode("ascii")).hexdigest()
-    return digest
-
-
-# Python's own, where it was built with it, as `random` takes it too: OpenSSL's takes far longer to begin, and nearly
-# all texts are short. It is in the first of these modules since Python 3.12, and was in the second before.
-_sha256 = import_module(next(filter(find_spec, ("_sha2", "_sha256", "hashlib")))).sha256
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def _text(value: object, inside: list[int]) -> str:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypedDict, get_args
@@ -143,15 +143,11 @@ class Policy:
     def active(self) -> bool:
         """False where `enabled` is false or IDEM_TASKS_DISABLED is 1, true, yes or on; read at each call."""
         # Anything but a clear yes, such as "false" or a slip of the pen, keeps the protection.
-        setting = _environment.get(b"IDEM_TASKS_DISABLED")
-        if setting is not None and setting.strip().lower() in (b"1", b"true", b"yes", b"on"):
+        setting = os.environ.get("IDEM_TASKS_DISABLED")
+        if setting is not None and setting.strip().lower() in ("1", "true", "yes", "on"):
             _warn_of_disabled()
             return False
         return self.enabled
-
-
-_environment: Mapping[bytes, bytes] = getattr(os.environ, "_data", os.environb)
-"""What `os.environ` looks into, without the exception that it raises and catches for what is not there."""
 
 
 @functools.cache
