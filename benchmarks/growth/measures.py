@@ -44,7 +44,7 @@ class Extent:
     rounds: int
     """How often `OPEN` claims are held and finished."""
     purge_seconds: float
-    """How long a purge runs alone before claims are made beside it."""
+    """How long a purge runs alone before claims are made beside it; and no longer than for a quarter of what is over."""
     beside_seconds: float
     """How long a purge runs beside claims, and how long claims are made without one, in each turn."""
     turns: int
@@ -52,7 +52,7 @@ class Extent:
     """Seconds to wait for autovacuum once it has something to do."""
 
 
-FULL = Extent(Effort(seconds=15.0, turns=20), rounds=60, purge_seconds=10.0, beside_seconds=3.0, turns=6, patience=300)
+FULL = Extent(Effort(seconds=15.0, turns=20), rounds=60, purge_seconds=10.0, beside_seconds=2.0, turns=9, patience=300)
 QUICK = Extent(Effort(seconds=0.4, turns=4), rounds=4, purge_seconds=0.3, beside_seconds=0.2, turns=2, patience=10)
 
 
@@ -169,31 +169,28 @@ def call(charge: Handler, keys: Keys) -> None:
 
 def measure_alone(table: RecordsTable, extent: Extent, calls: dict[str, Timed]) -> Found:
     """Measure what needs no other table beside it."""
-    size = table.size()
     before = settled(table)
     finish_many(table, extent.rounds)
     after = updated(table, before.updates + extent.rounds * OPEN)
     with purging(table) as purge:
-        purge.begin(extent.purge_seconds)
+        purge.begin(extent.purge_seconds, table.expired // 4)
         alone = purge.end()
-        beside = None if alone.is_all else measure_beside(table, purge, extent)
-        whole = Purged(list(alone.batches))
-        if beside is not None:
-            whole.add(beside.purged)
+        beside = measure_beside(table, purge, extent)
+        whole = Purged(alone.batches + beside.purged.batches)
         if not whole.is_all:
-            purge.begin(3600.0)
+            purge.begin(3600.0, table.rows)
             whole.add(purge.end())
     emptied = settled(table)
     begun = time.monotonic()
     cleaned = vacuumed(table, extent.patience)
     return Found(
         table.rows,
-        size,
+        table.size,
         calls,
         before,
         after,
         alone,
-        beside if beside is not None and len(beside.beside.all) >= FEWEST_CALLS else None,
+        beside if len(beside.beside.all) >= FEWEST_CALLS else None,
         whole,
         emptied,
         cleaned or table.statistics(),
@@ -227,7 +224,7 @@ def measure_beside(table: RecordsTable, purge: Purge, extent: Extent) -> Beside:
         for _ in range(extent.turns):
             until = time.monotonic() + extent.beside_seconds
             without = calls_while(charge, lambda: time.monotonic() < until)  # noqa: B023 - it is over by the next turn
-            purge.begin(extent.beside_seconds)
+            purge.begin(extent.beside_seconds, table.rows)
             beside = calls_while(charge, lambda: purge.is_under_way)
             found.purged.add(purge.end())
             for measured, took in ((found.without, without), (found.beside, beside)):

@@ -22,7 +22,6 @@ def draw(found: Sequence[Found], file: Path) -> None:
     draw_sizes(sizes, found)
     for axes in (calls, sizes):
         axes.tick_params(labelsize=7, colors=INK)
-        axes.set_ylim(bottom=0)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     figure.savefig(file, format="png", metadata={"Software": None})
@@ -37,6 +36,8 @@ def draw_calls(axes: Axes, found: Sequence[Found]) -> None:
         axes.plot(rows, [each.median * 1e6 for each in took], "o-", color=colour, label=kind, markersize=4)
         axes.plot(rows, [each.p99 * 1e6 for each in took], "--", color=colour, linewidth=0.8)
     axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=100)
     axes.legend(fontsize=7, frameon=False)
 
 

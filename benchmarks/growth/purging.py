@@ -63,9 +63,9 @@ class Purge:
     def __init__(self, end: Connection) -> None:
         self._end = end
 
-    def begin(self, seconds: float) -> None:
-        """Let it purge for so long, or until nothing is left."""
-        self._end.send(seconds)
+    def begin(self, seconds: float, most: int) -> None:
+        """Let it purge for so long, or until so many records are deleted, or nothing is left."""
+        self._end.send((seconds, most))
 
     @property
     def is_under_way(self) -> bool:
@@ -99,16 +99,16 @@ def work(end: Connection, url: str, prefix: str) -> None:
     store = SQLStore(url, table_prefix=prefix)
     try:
         while True:
-            end.send(purge(store, end.recv()))
+            end.send(purge(store, *end.recv()))
     except EOFError:
         run_sync(store.close())
 
 
-def purge(store: SQLStore, seconds: float) -> Purged:
-    """Purge for so long, or until nothing is left."""
+def purge(store: SQLStore, seconds: float, most: int) -> Purged:
+    """Purge for so long, or until so many records are deleted, or nothing is left."""
     done = Purged()
     until = time.monotonic() + seconds
-    while not done.is_all and time.monotonic() < until:
+    while not done.is_all and done.records < most and time.monotonic() < until:
         begun = time.perf_counter()
         deleted = len(run_sync(store.purge(limit=BATCH, grace=0.0)))
         done.batches.append((deleted, time.perf_counter() - begun))

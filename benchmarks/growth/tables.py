@@ -63,6 +63,8 @@ class RecordsTable:
         self.url = url
         self._name = f"{self.prefix}records"
         self._connection = psycopg.connect(psycopg_url(url), autocommit=True)
+        self.size = Size(0.0, {})
+        """What a record takes once the table has been filled."""
 
     @property
     def expired(self) -> int:
@@ -88,19 +90,8 @@ class RecordsTable:
         )
         took = time.monotonic() - begun
         self._connection.execute(f"VACUUM ANALYZE {self._name}")
+        self.size = self._measured()
         return self.rows / took
-
-    def size(self) -> Size:
-        """Return what a record takes, all files of the table counted."""
-        rows = self.rows + 1
-        found = self._connection.execute(
-            "SELECT indexrelid::regclass::text, pg_relation_size(indexrelid) FROM pg_index "
-            "WHERE indrelid = %s::regclass ORDER BY 1",
-            (self._name,),
-        ).fetchall()
-        indexes = {name.removeprefix(f"{self._name}_"): size / rows for name, size in found}
-        [table] = self._row("SELECT pg_table_size(%s)")
-        return Size(table / rows, indexes)
 
     def statistics(self) -> Statistics:
         """Return them as they are now; a server learns of what a session did when that ends, or idles for a while."""
@@ -126,6 +117,18 @@ class RecordsTable:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+    def _measured(self) -> Size:
+        """Return what a record takes, all files of the table counted."""
+        rows = self.rows + 1
+        found = self._connection.execute(
+            "SELECT indexrelid::regclass::text, pg_relation_size(indexrelid) FROM pg_index "
+            "WHERE indrelid = %s::regclass ORDER BY 1",
+            (self._name,),
+        ).fetchall()
+        indexes = {name.removeprefix(f"{self._name}_"): size / rows for name, size in found}
+        [table] = self._row("SELECT pg_table_size(%s)")
+        return Size(table / rows, indexes)
 
     def _row(self, query: str) -> tuple[Any, ...]:
         """Return the only row, of a query that takes the table's name."""
