@@ -12,24 +12,17 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-import psycopg
-from sqlalchemy import make_url
-
 from benchmarks import machine
-from benchmarks.by_hand.records import psycopg_url
-from benchmarks.cores import client_cores, on_cores, server_cores
+from benchmarks.cores import client_cores, on_cores
 from benchmarks.growth.document import document
 from benchmarks.growth.measures import FULL, QUICK, measure_growth
 from benchmarks.growth.picture import draw
+from benchmarks.growth.server import postgres, settings
 from benchmarks.growth.tables import RecordsTable
-from benchmarks.place import Place, new_place
-from tests.services import finding
-from tests.services.postgres_server import PostgresServer
-from tests.services.run import Run
+from benchmarks.place import new_place
 
 HERE = Path(__file__).parents[1]
 ROWS = (10_000, 1_000_000, 10_000_000)
@@ -37,13 +30,6 @@ ROWS_IN_QUICK = (10_000, 100_000)
 
 BYTES_EACH = 2_000
 """Of disk for a record while the table is filled, with the log that PostgreSQL keeps of it."""
-
-SETTINGS = {
-    "fsync": "on",
-    "shared_buffers": "1GB",
-    "max_wal_size": "4GB",
-    "autovacuum_naptime": "5s",  # so that what it does is seen before the run ends
-}
 
 
 def main(arguments: list[str]) -> int:
@@ -77,30 +63,6 @@ def main(arguments: list[str]) -> int:
     (given.folder / "GROWTH.md").write_text(document(found, facts, command), encoding="utf-8")
     print(f"written: {given.folder / 'GROWTH.md'}")
     return 0
-
-
-@contextmanager
-def postgres() -> Iterator[Place]:
-    """Give a server: the one that the environment names, or one that is started, on cores of its own."""
-    run = Run.begin()
-    try:
-        url = os.environ.get(finding.POSTGRES.variable)
-        if not url:
-            with on_cores(server_cores()):
-                url = PostgresServer(run, **SETTINGS).start().url
-        with_driver = make_url(url).set(drivername="postgresql+psycopg")
-        yield Place(run.folder, postgres=with_driver.render_as_string(hide_password=False))
-    finally:
-        run.end()
-
-
-def settings(url: str) -> str:
-    """Return how the server is set where that matters here."""
-    with psycopg.connect(psycopg_url(url)) as connection:
-        rows = connection.execute(
-            "SELECT name, current_setting(name) FROM pg_settings WHERE name = ANY(%s)", (list(SETTINGS),)
-        )
-        return ", ".join(f"{name}={value}" for name, value in rows)
 
 
 def say(what: str) -> None:

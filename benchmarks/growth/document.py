@@ -10,7 +10,7 @@ from benchmarks.growth.purging import BATCH, Purged
 NOTHING = "-"
 
 CALLS = (
-    "Each kind of call took turns on the tables; /smallest is the median of the ratios of turns taken side by side. "
+    "Each kind of call took turns on the tables; / smallest is the median of the ratios of turns taken side by side. "
     "Random keys fall anywhere in the index, as those of UUIDs of version 4; rising ones at its end, as numbers of "
     "orders do. A duplicate asks for any record that is not over. SQL alone: no marker answers."
 )

@@ -44,7 +44,7 @@ class Extent:
     rounds: int
     """How often `OPEN` claims are held and finished."""
     purge_seconds: float
-    """How long a purge runs alone before claims are made beside it; and no longer than for a quarter of what is over."""
+    """How long a purge runs alone before claims are made beside it; at most, for it leaves three quarters."""
     beside_seconds: float
     """How long a purge runs beside claims, and how long claims are made without one, in each turn."""
     turns: int

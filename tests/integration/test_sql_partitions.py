@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 import pytest
@@ -142,29 +144,62 @@ def plain(postgres_url: str) -> Iterator[StoreInUse]:
 
 
 def test_records_that_are_there_are_partitioned_as_the_page_says(plain: StoreInUse, postgres_url: str) -> None:
-    """Workers are turned away meanwhile, nothing is lost, and a handler that ran all the time finishes."""
+    """Workers are turned away meanwhile, nothing is lost, and a claim that nobody could renew stands."""
     for key in KEYS:
         plain.finish(plain.granted(key))
     running = plain.granted("running", lease=SHORT)
     with connected(postgres_url) as connection:
-        statements = partitioning(connection.engine)
-        end = statements.index("COMMIT")
-        for statement in statements[:end]:
-            connection.exec_driver_sql(statement)
-        assert isinstance(plain.claim(KEYS[0]), InProgress)
-        plain.let_expire(running)
-        for statement in statements[end:]:
-            connection.exec_driver_sql(statement)
+        with partitioning_meanwhile(connection):
+            assert isinstance(plain.claim(KEYS[0]), InProgress)
+            plain.let_expire(running)
         made = "SELECT relname, reloptions FROM pg_class JOIN pg_inherits ON oid = inhrelid WHERE relkind = 'r'"
         partitions = connection.execute(text(made)).all()
-        indexes = set(
-            connection.scalars(text("SELECT indexname FROM pg_indexes WHERE tablename = 'idem_tasks_records'"))
-        )
+        names = text("SELECT indexname FROM pg_indexes WHERE tablename = 'idem_tasks_records'")
+        indexes = set(connection.scalars(names))
     assert isinstance(plain.claim("running"), InProgress)
     assert plain.finish(running) == Recorded()
     assert {type(plain.claim(key)) for key in [*KEYS, "running"]} == {Finished}
     assert sorted(partitions) == [(f"idem_tasks_records_{number}", ["fillfactor=70"]) for number in range(4)]
     assert indexes == {f"idem_tasks_records_{name}" for name in ("pkey", "attention", "expires_at")}
+
+
+def test_a_handler_that_ends_meanwhile_is_recorded(postgres_url: str) -> None:
+    """Its finish is tried again until the table is there."""
+    make_tables(postgres_url)
+    has_begun, may_end = Event(), Event()
+
+    def send() -> str:
+        has_begun.set()
+        assert may_end.wait(60)
+        return "sent"
+
+    with (
+        Idempotency.from_urls(database_url=postgres_url) as idem,
+        connected(postgres_url) as connection,
+        ThreadPoolExecutor(1) as worker,
+        using(postgres_url) as elsewhere,
+    ):
+        running = worker.submit(idem.run, send, scope="send", key="A-1")
+        assert has_begun.wait(60)
+        with partitioning_meanwhile(connection):
+            may_end.set()
+            # Takes as long as the finish waits for the table, which it then has to try again.
+            assert isinstance(elsewhere.claim(), InProgress)
+            assert not running.done()
+        assert running.result(60) == "sent"
+        assert idem.run(send, scope="send", key="A-1") == "sent"
+
+
+@contextmanager
+def partitioning_meanwhile(connection: Connection) -> Iterator[None]:
+    """Run the page's statements up to the commit, which comes at the end."""
+    statements = partitioning(connection.engine)
+    end = statements.index("COMMIT")
+    for statement in statements[:end]:
+        connection.exec_driver_sql(statement)
+    yield
+    for statement in statements[end:]:
+        connection.exec_driver_sql(statement)
 
 
 def test_making_the_tables_again_leaves_the_partitions(postgres_url: str) -> None:
