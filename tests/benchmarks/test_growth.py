@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
-from benchmarks.growth.measures import DUPLICATE, RANDOM_KEYS, RISING_KEYS
+from benchmarks.growth.measures import DUPLICATE, RANDOM_KEYS, RISING_KEYS, calling, known_keys
 from benchmarks.growth.purging import Purged
+from benchmarks.growth.tables import FIRST, RecordsTable
+from benchmarks.orders import AMOUNT
+from benchmarks.partitioning import partition
+from benchmarks.server_cpu import cpu_of
 from tests.documents.reading import REPOSITORY, table
+from tests.services.redis_server import RedisServer
 
 
 def test_a_quick_run_fills_every_table(postgres_url: str, tmp_path: Path) -> None:
@@ -47,3 +54,22 @@ def test_what_a_purge_did_is_added_up() -> None:
     assert purged.is_all
     first, last = purged.rates_of_tenths
     assert (round(first), round(last)) == (10_000, round(1010 / 0.21))
+
+
+def test_a_table_that_is_filled_is_partitioned(postgres_url: str) -> None:
+    """Its records answer, and new ones come to them."""
+    with closing(RecordsTable(postgres_url, 1_000)) as records:
+        records.fill()
+        assert partition(records) > 0
+        with calling(records) as charge:
+            assert charge(known_keys(records)(), AMOUNT)["receipt"] == f"R-{FIRST}"
+            assert charge("new", AMOUNT)["receipt"] == "R-new"
+
+
+def test_the_cpu_of_a_server_is_counted(private_redis: Callable[..., RedisServer]) -> None:
+    """What it does for its clients is seen."""
+    server = private_redis()
+    before = cpu_of(server)
+    with server.client() as client:
+        client.eval("for i = 1, 3000000 do local x = i * i end", 0)
+    assert cpu_of(server) > before
