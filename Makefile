@@ -1,4 +1,4 @@
-.PHONY: help demo test check services prove chaos bench
+.PHONY: help demo test check services prove chaos bench growth
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
@@ -23,3 +23,6 @@ chaos: ## break workers, brokers and stores, and count what was lost: make chaos
 
 bench: ## measure calls beside the same by hand and beside peers; in five minutes: make bench QUICK=1
 	@QUICK=$(QUICK) sh scripts/bench
+
+growth: ## measure whether 10 million records are felt; in half a minute with fewer: make growth QUICK=1
+	@QUICK=$(QUICK) sh scripts/growth

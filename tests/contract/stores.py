@@ -60,6 +60,14 @@ class OnPostgreSQL:
         return SQLStore(postgres_database, create_schema=True)
 
 
+class OnPartitionedPostgreSQL:
+    """`SQLStore` on PostgreSQL, with records that are partitioned by the hash of their key."""
+
+    @pytest.fixture
+    def store(self, partitioned_postgres_database: str) -> RecordTier:
+        return SQLStore(partitioned_postgres_database)
+
+
 class OnMariaDB:
     """`SQLStore` on MariaDB, with PyMySQL and asyncmy."""
 

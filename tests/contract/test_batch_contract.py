@@ -19,6 +19,7 @@ from tests.contract.stores import (
     OnManualTime,
     OnMariaDB,
     OnMySQL,
+    OnPartitionedPostgreSQL,
     OnPostgreSQL,
     OnRedis,
     OnRedisAndPostgreSQL,
@@ -67,6 +68,10 @@ class TestSQLite(OnSQLite, AnyBatch):
 
 class TestPostgreSQL(OnPostgreSQL, AnyBatch):
     """`SQLStore` on PostgreSQL."""
+
+
+class TestPartitionedPostgreSQL(OnPartitionedPostgreSQL, AnyBatch):
+    """`SQLStore` on PostgreSQL, partitioned."""
 
 
 class TestMariaDB(OnMariaDB, AnyBatch):

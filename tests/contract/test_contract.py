@@ -9,6 +9,7 @@ from tests.contract.stores import (
     InMemory,
     OnMariaDB,
     OnMySQL,
+    OnPartitionedPostgreSQL,
     OnPostgreSQL,
     OnRedis,
     OnRedisAndPostgreSQL,
@@ -33,6 +34,10 @@ class TestSQLite(OnSQLite, RecordTierContract):
 
 class TestPostgreSQL(OnPostgreSQL, RecordTierContract):
     """`SQLStore` on PostgreSQL."""
+
+
+class TestPartitionedPostgreSQL(OnPartitionedPostgreSQL, RecordTierContract):
+    """`SQLStore` on PostgreSQL, partitioned."""
 
 
 class TestMariaDB(OnMariaDB, RecordTierContract):

@@ -109,29 +109,61 @@ class RedisSentinel:
 
 
 class RedisCluster:
-    """Three primaries without replicas that share the slots."""
+    """Three primaries that share the slots, without replicas unless a test adds one."""
 
     SLOTS = 16384
 
     def __init__(self, run: Run) -> None:
-        self.nodes = [
-            RedisServer(
-                run,
-                databases=1,
-                cluster_enabled="yes",
-                cluster_config_file="nodes.conf",
-                cluster_node_timeout=2000,
-            ).start()
-            for _ in range(3)
-        ]
+        self._run = run
+        self.nodes = [self._new_node() for _ in range(3)]
+        self.replicas: list[RedisServer] = []
         self._join()
 
     @property
     def url(self) -> str:
         return self.nodes[0].url
 
+    @property
+    def cluster_url(self) -> str:
+        """What a store takes: all primaries."""
+        return f"redis+cluster://{','.join(f'127.0.0.1:{node.port}' for node in self.nodes)}"
+
+    def add_replica(self, primary: RedisServer) -> RedisServer:
+        """Start a replica of this node, which takes its place when it dies; returns when it follows."""
+        replica = self._new_node()
+        self.replicas.append(replica)
+        with primary.client() as known, replica.client() as client:
+            name = known.cluster("MYID")
+            client.cluster("MEET", "127.0.0.1", primary.port)
+            wait_until(lambda: name in str(client.cluster("NODES")), seconds=20, what="the replica to know its primary")
+            client.cluster("REPLICATE", name)
+            wait_until(
+                lambda: client.info("replication").get("master_link_status") == "up",
+                seconds=20,
+                what="the replica to follow its primary",
+            )
+            # All have to know of it, or they would give it no votes.
+            replica_name = str(client.cluster("MYID"))
+        for node in self.nodes:
+            with node.client() as client:
+                wait_until(
+                    lambda client=client: replica_name in str(client.cluster("REPLICAS", name)),  # type: ignore[misc]
+                    seconds=20,
+                    what="the cluster to know the replica",
+                )
+        return replica
+
     def remove(self) -> None:
-        stop_all(self.nodes)
+        stop_all([*self.nodes, *self.replicas])
+
+    def _new_node(self) -> RedisServer:
+        return RedisServer(
+            self._run,
+            databases=1,
+            cluster_enabled="yes",
+            cluster_config_file="nodes.conf",
+            cluster_node_timeout=2000,
+        ).start()
 
     def _join(self) -> None:
         clients = [node.client() for node in self.nodes]
