@@ -19,7 +19,6 @@ from tests.contract.stores import (
     OnManualTime,
     OnMariaDB,
     OnMySQL,
-    OnPartitionedPostgreSQL,
     OnPostgreSQL,
     OnRedis,
     OnRedisAndPostgreSQL,
@@ -68,10 +67,6 @@ class TestSQLite(OnSQLite, AnyBatch):
 
 class TestPostgreSQL(OnPostgreSQL, AnyBatch):
     """`SQLStore` on PostgreSQL."""
-
-
-class TestPartitionedPostgreSQL(OnPartitionedPostgreSQL, AnyBatch):
-    """`SQLStore` on PostgreSQL, partitioned."""
 
 
 class TestMariaDB(OnMariaDB, AnyBatch):
