@@ -55,7 +55,7 @@ class Policy:
     retention: float = 7 * 86400.0
     """Seconds an outcome answers duplicates; must outlast the broker's longest redelivery or replay."""
     cache_ttl: float = 86400.0
-    """Seconds Redis answers instead of SQL; never longer than `retention`."""
+    """Seconds Redis, or a local cache, answers instead of SQL; never longer than `retention`."""
     on_duplicate: OnDuplicate = "replay"
     """`replay` returns the recorded outcome; `skip` keeps none and returns None; `raise` raises DuplicateError."""
     on_in_progress: OnInProgress = "raise"

@@ -1,7 +1,7 @@
 """A store with a cache in this process in front of it: duplicates of what it knows cost no round trip.
 
 Only what the store has recorded is ever kept. What is forgotten through this object is dropped at once; what other
-processes forget is answered for as long as the cache says (docs/decisions/0009-local-cache.md).
+processes forget is answered for as long as the cache says (docs/decisions/0010-local-cache.md).
 """
 
 from __future__ import annotations

@@ -314,10 +314,10 @@ def test_a_batch_asks_only_for_what_is_not_known(world: World, made: Callable[[W
     """And what it records or hears is known from then on."""
     ship = shipping(made(world))
     world.finish_elsewhere(world.claim_elsewhere("A-2"))
-    assert ship(messages("A-1", "A-2")) == ["shipped A-1", "the other one"]
-    assert asked(world, lambda: ship(messages("A-2", "A-1", "A-2"))) == []
-    assert ship(messages("A-3", "A-1")) == ["shipped A-3", "shipped A-1"]
-    assert world.effects == ["A-1", "A-3"]
+    assert ship(messages("A-1", "A-2", "A-3")) == ["shipped A-1", "the other one", "shipped A-3"]
+    assert asked(world, lambda: ship(messages("A-2", "A-3", "A-1", "A-2"))) == []
+    assert ship(messages("A-4", "A-1")) == ["shipped A-4", "shipped A-1"]
+    assert world.effects == ["A-1", "A-3", "A-4"]
 
 
 # Threads, event loops, and what else a store can do.

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from idem_tasks import SQLStore, current_claim
+from idem_tasks import SQLStore, current_claim, current_claims
 from idem_tasks.claims import ClaimRequest, InProgress, new_owner
 from idem_tasks.errors import BatchError
 from idem_tasks.events import Announcer
@@ -22,7 +22,7 @@ from idem_tasks.stores.base import Store
 from idem_tasks.stores.cached import cached
 from idem_tasks.stores.local_cache import LocalCache
 from idem_tasks.testing import Driver
-from tests.integration.sessions.seller import SCOPE, Order, Seller, order
+from tests.integration.sessions.seller import SCOPE, SHORT, Order, Seller, order
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def change_records(seller: Seller) -> None:
         connection.execute(text("UPDATE idem_tasks_records SET outcome = :other"), {"other": b'"of the record"'})
 
 
-def run_batch(seller: Seller, body: Callable[[list[str], Session], list[str]], *names: str) -> Any:
-    how: dict[str, Any] = {"scope": SCOPE, "key": "{message}", "session": seller.sessions}
+def run_batch(seller: Seller, body: Callable[[list[str], Session], list[str]], *names: str, **fields: Any) -> Any:
+    how: dict[str, Any] = {"scope": SCOPE, "key": "{message}", "session": seller.sessions, "policy": Policy(**fields)}
     if not seller.is_asyncio:
         return seller.idem.run_batch(body, names, **how)
 
@@ -96,6 +96,20 @@ def test_what_the_database_refused_is_not_kept(seller: Seller) -> None:
             task("A-2")
 
 
+def test_what_a_zombie_did_not_commit_is_not_kept(seller: Seller) -> None:
+    """Overtaken while it ran, it hears the other one's outcome, and so does everybody after it."""
+
+    def body(name: str, session: Session) -> str:
+        seller.stop_renewing()
+        session.rollback()  # on SQLite nobody can take over while its holder has the one lock that there is
+        seller.finish_elsewhere(seller.take_over())
+        return order(name, session)
+
+    task = seller.task(body, lease=SHORT)
+    assert [task("A-1"), task("A-1")] == ["the other one"] * 2
+    assert seller.orders("A-1") == 0
+
+
 def test_what_a_batch_committed_is_answered(seller: Seller) -> None:
     """All of it, since all of it is committed."""
     assert run_batch(seller, order_all, "A-1", "A-2") == ["ordered A-1", "ordered A-2"]
@@ -115,6 +129,23 @@ def test_what_a_batch_did_not_commit_is_not(seller: Seller) -> None:
         with pytest.raises(BatchError):
             run_batch(seller, order_twice, "A-1", "A-2")
     assert run_batch(seller, order_all, "A-1", "A-2") == ["ordered A-1", "ordered A-2"]
+
+
+@pytest.mark.parametrize("url", ["postgres_url", "mariadb_url"], indirect=True)
+def test_what_a_batch_with_a_zombie_did_not_commit_is_not_kept(seller: Seller) -> None:
+    """One fence missed, so nothing was committed: the other message runs again. On SQLite nobody else could write."""
+    ran: list[list[str]] = []
+
+    def body(new: list[str], session: Session) -> list[str]:
+        ran.append(new)
+        if len(ran) == 1:
+            seller.idem.services(seller.driver.runtime).heartbeat.let_go(current_claims()[0].lease.owner)
+            seller.finish_elsewhere(seller.take_over())
+        return order_all(new, session)
+
+    for _ in range(2):
+        assert run_batch(seller, body, "A-1", "A-2", lease=SHORT) == ["the other one", "ordered A-2"]
+    assert ran == [["A-1", "A-2"], ["A-2"]]
 
 
 def test_what_a_handler_committed_by_itself_is_answered(sqlite_url: str) -> None:
