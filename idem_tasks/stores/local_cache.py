@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import NamedTuple
 
 from idem_tasks.claims import ClaimRequest, Finished
@@ -78,7 +77,9 @@ class LocalCache:
         finished = kept.finished
         if not request.matches(finished.fingerprint):
             return None
-        return replace(finished, expires_in=finished.expires_in - (now - kept.asked_at))
+        left = finished.expires_in - (now - kept.asked_at)
+        # As `replace` would make it, in a fifth of the time.
+        return Finished(finished.outcome, finished.fingerprint, left, finished.fencing_token, finished.traceparent)
 
     def question(self) -> Question:
         """Note that a store is about to be asked: `keep` takes its answer with this."""

@@ -137,7 +137,7 @@ def test_a_batch_of_what_is_known_here_is_no_round_trip(opened: Opened) -> None:
 
 
 def test_what_is_forgotten_elsewhere_is_answered_for_its_time(opened: Opened) -> None:
-    """What is given up (F25), and that it ends: with the time of the cache, or by forgetting it here too."""
+    """What is given up, and that it ends: with the time of the cache, or by forgetting it here too."""
     with opened() as shop, opened(local_cache_ttl=0.5) as brief:
         assert shop.charge("A-1") == brief.charge("A-1") == "charged A-1"
         elsewhere = shop.idem.store.on("blocking", Announcer(()))
