@@ -33,11 +33,14 @@ def new_orders() -> Callable[[], str]:
 
 
 @contextmanager
-def ours(database_url: str = "", redis_url: str = "") -> Iterator[Idempotency]:
+def ours(database_url: str = "", redis_url: str = "", *, local_cache: int = 0) -> Iterator[Idempotency]:
     """Give the library with its defaults, its tables made; in memory where no URL is given."""
     if database_url or redis_url:
         made = Idempotency.from_urls(
-            database_url=database_url or None, redis_url=redis_url or None, create_schema=True if database_url else None
+            database_url=database_url or None,
+            redis_url=redis_url or None,
+            create_schema=True if database_url else None,
+            local_cache=local_cache,
         )
     else:
         made = Idempotency(store=MemoryStore())

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
 from idem_tasks.errors import ConfigurationError
-from idem_tasks.policy import Policy, PolicyFields
+from idem_tasks.policy import LOCAL_CACHE_TTL, Duration, Policy, PolicyFields
 
 if TYPE_CHECKING:
     from idem_tasks.events import Observer
@@ -45,6 +45,8 @@ def configure(
     codec: Codec | None = None,
     observers: Sequence[Observer] | None = None,
     senders: Mapping[str, Sender] | None = None,
+    local_cache: int = 0,
+    local_cache_ttl: Duration = LOCAL_CACHE_TTL,
     **fields: Unpack[PolicyFields],
 ) -> Idempotency:
     """Make the `Idempotency` that every decorated handler of this process uses unless it was given its own.
@@ -57,7 +59,14 @@ def configure(
     from idem_tasks.idempotency import Idempotency
 
     chosen = (policy or Policy()).replace(**fields)
-    options: dict[str, Any] = {"policy": chosen, "codec": codec, "observers": observers, "senders": senders}
+    options: dict[str, Any] = {
+        "policy": chosen,
+        "codec": codec,
+        "observers": observers,
+        "senders": senders,
+        "local_cache": local_cache,
+        "local_cache_ttl": local_cache_ttl,
+    }
     if store is not None:
         if database_url or redis_url or create_schema is not None:
             raise ConfigurationError("configure takes either store= or URLs, not both")

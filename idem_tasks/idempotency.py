@@ -36,11 +36,13 @@ from idem_tasks.heartbeat import Heartbeat, LoopHeartbeat, ThreadHeartbeat
 from idem_tasks.keys import CallKey, check_key, check_scope, fingerprint_of
 from idem_tasks.outbox import RelayReport, Sender, Senders
 from idem_tasks.outcomes import UNANNOTATED, Codec, JsonCodec, OutcomeContext, OutcomeType, return_type_of
-from idem_tasks.policy import Policy, PolicyFields
+from idem_tasks.policy import LOCAL_CACHE_TTL, Duration, Policy, PolicyFields
 from idem_tasks.runtime import Asyncio, Blocking, HandlerStopIteration, run_sync
 from idem_tasks.session_argument import SessionArgument
 from idem_tasks.stores import store_from_urls
 from idem_tasks.stores.base import RuntimeName, Store, steps_of
+from idem_tasks.stores.cached import cached
+from idem_tasks.stores.local_cache import LocalCache
 from idem_tasks.task import perform
 
 T = TypeVar("T")
@@ -74,13 +76,21 @@ class Idempotency:
         codec: Codec | None = None,
         observers: Sequence[Observer] | None = None,
         senders: Mapping[str, Sender] | None = None,
+        local_cache: int = 0,
+        local_cache_ttl: Duration = LOCAL_CACHE_TTL,
     ) -> None:
         """`observers` hear of every event; the default logs them, and a list given here replaces it.
 
         `senders` are where `claim.publish_message(..., to=NAME)` sends to, by name: functions of an `OutboxMessage`,
         which raise if they could not send it.
+
+        `local_cache` is how many recorded outcomes this process keeps, to answer duplicates of them without a round
+        trip; 0: none. Each is kept for `local_cache_ttl` seconds at most, in which it is answered although another
+        process has forgotten it.
         """
         self.store = store
+        cache = LocalCache(local_cache, local_cache_ttl)
+        self._asked = cached(store, cache) if local_cache else store
         self.policy = policy or Policy()
         self.codec: Codec = codec or JsonCodec()
         self._announce = Announcer((log_event,) if observers is None else observers)
@@ -101,6 +111,8 @@ class Idempotency:
         codec: Codec | None = None,
         observers: Sequence[Observer] | None = None,
         senders: Mapping[str, Sender] | None = None,
+        local_cache: int = 0,
+        local_cache_ttl: Duration = LOCAL_CACHE_TTL,
         **fields: Unpack[PolicyFields],
     ) -> Self:
         """Make one from URLs: both for the two tiers, or one alone.
@@ -115,7 +127,15 @@ class Idempotency:
                 database_url = config.DEFAULT_DATABASE_URL
         store = store_from_urls(database_url, redis_url, create_schema=create_schema)
         chosen = (policy or Policy()).replace(**fields)
-        return cls(store=store, policy=chosen, codec=codec, observers=observers, senders=senders)
+        return cls(
+            store=store,
+            policy=chosen,
+            codec=codec,
+            observers=observers,
+            senders=senders,
+            local_cache=local_cache,
+            local_cache_ttl=local_cache_ttl,
+        )
 
     # Handlers
 
@@ -456,7 +476,7 @@ class Idempotency:
 
     def _serve(self, runtime: RuntimeName, heartbeat: Callable[[Store, Announcer], Heartbeat]) -> Services:
         self.check_runtime(runtime)
-        store = self.store.on(runtime, self._announce)
+        store = self._asked.on(runtime, self._announce)
         world = Blocking() if runtime == "blocking" else Asyncio()
         return Services(store, heartbeat(store, self._announce), self._announce, self.codec, world, self._senders)
 

@@ -24,6 +24,12 @@ OnCrash = Literal["rerun", "hold"] | Callable[[Any], Any]
 OnMarkerUnavailable = Literal["bypass", "raise"]
 OnStoreUnavailable = Literal["raise", "run"]
 
+LOCAL_CACHE_TTL = 60.0
+"""Seconds that an outcome in a process's own cache answers at most, unless something else is said.
+
+A broker delivers most copies again within them, and a person who forgot a record waits no longer than that.
+"""
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "on_duplicate": get_args(OnDuplicate),
     "on_in_progress": get_args(OnInProgress),
@@ -49,7 +55,7 @@ class Policy:
     retention: float = 7 * 86400.0
     """Seconds an outcome answers duplicates; must outlast the broker's longest redelivery or replay."""
     cache_ttl: float = 86400.0
-    """Seconds Redis answers instead of SQL; never longer than `retention`."""
+    """Seconds Redis, or a local cache, answers instead of SQL; never longer than `retention`."""
     on_duplicate: OnDuplicate = "replay"
     """`replay` returns the recorded outcome; `skip` keeps none and returns None; `raise` raises DuplicateError."""
     on_in_progress: OnInProgress = "raise"
@@ -82,14 +88,14 @@ class Policy:
 
     def __post_init__(self) -> None:
         for name in ("lease", "max_hold", "retention", "cache_ttl", "wait_timeout"):
-            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+            object.__setattr__(self, name, seconds(name, getattr(self, name)))
         for name in ("record_failures", "safe_to_retry"):
             object.__setattr__(self, name, _exception_types(name, getattr(self, name)))
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         _check_on_crash(self.on_crash)
         for name in ("max_attempts", "max_crashes", "max_outcome_bytes"):
-            _check_count(name, getattr(self, name), optional=name != "max_outcome_bytes")
+            check_count(name, getattr(self, name), optional=name != "max_outcome_bytes")
         for name in ("shadow", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -181,7 +187,8 @@ class PolicyFields(TypedDict, total=False):
     enabled: bool
 
 
-def _seconds(name: str, value: object) -> float:
+def seconds(name: str, value: object) -> float:
+    """Return a duration as float seconds; raises `ConfigurationError` for what is none."""
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -242,7 +249,8 @@ def _name_of(function: object) -> str:
     return str(getattr(function, "__qualname__", None) or repr(function))
 
 
-def _check_count(name: str, value: object, *, optional: bool) -> None:
+def check_count(name: str, value: object, *, optional: bool) -> None:
+    """Raise `ConfigurationError` for what is no whole number from 0; None is one where it is `optional`."""
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:

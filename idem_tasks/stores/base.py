@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
 
 from idem_tasks.claims import (
@@ -203,6 +203,18 @@ def refuse_if_moved(scope: str, key: str, state: str, fencing_token: int, expect
             scope=scope,
             key=key,
         )
+
+
+def finished_by(lease: Lease, outcome: EncodedOutcome) -> Finished:
+    """Return the outcome that a claim has recorded as a duplicate is told of it."""
+    return Finished(
+        # Its messages are in the outbox: a duplicate sends none.
+        outcome=replace(outcome, messages=()) if outcome.messages else outcome,
+        fingerprint=lease.request.fingerprint,
+        expires_in=lease.policy.retention,
+        fencing_token=lease.fencing_token,
+        traceparent=lease.request.traceparent,
+    )
 
 
 # A transaction of the user's own, in which the handler writes and its outcome is committed.

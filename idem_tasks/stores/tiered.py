@@ -52,6 +52,7 @@ from idem_tasks.stores.base import (
     UserTransaction,
     Watermarks,
     batch_transaction_of,
+    finished_by,
     journal_of,
     outbox_of,
     sql_records,
@@ -263,7 +264,7 @@ class TieredStore:
         answers = await self._records.finish_batch(finished)
         await self._publish_batch(
             [
-                (lease.request, _recorded(lease, outcome))
+                (lease.request, finished_by(lease, outcome))
                 for (lease, outcome), answer in zip(finished, answers, strict=True)
                 if answer is not None
             ]
@@ -296,7 +297,7 @@ class TieredStore:
                 await self._follow(*each)
             return
         told = [
-            (lease.request, answer if isinstance(answer, Finished) else _recorded(lease, outcome))
+            (lease.request, answer if isinstance(answer, Finished) else finished_by(lease, outcome))
             for lease, outcome, answer in known
             if not isinstance(answer, Lost)
         ]
@@ -318,7 +319,7 @@ class TieredStore:
         """Let the marker say what the record says."""
         match answer:
             case Recorded():
-                await self._publish(lease.request, _recorded(lease, outcome))
+                await self._publish(lease.request, finished_by(lease, outcome))
             case Finished():
                 await self._publish(lease.request, answer)
             case Lost():  # pragma: no branch - there is no other answer
@@ -486,18 +487,6 @@ def _known(answer: MarkerAnswer | None) -> ClaimAnswer | None:
         case MarkerFinished(finished):
             return finished
     return None
-
-
-def _recorded(lease: Lease, outcome: EncodedOutcome) -> Finished:
-    """Return our own outcome as a duplicate is told of it."""
-    return Finished(
-        # Its messages are in the outbox: a duplicate sends none.
-        outcome=replace(outcome, messages=()) if outcome.messages else outcome,
-        fingerprint=lease.request.fingerprint,
-        expires_in=lease.policy.retention,
-        fencing_token=lease.fencing_token,
-        traceparent=lease.request.traceparent,
-    )
 
 
 class _Followed:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from idem_tasks.stores.base import RecordTier, Store
+from idem_tasks.stores.cached import cached
+from idem_tasks.stores.local_cache import LocalCache
 from idem_tasks.stores.memory import MemoryStore
 from idem_tasks.stores.memory_marker import MemoryMarker
 from idem_tasks.stores.redis import RedisStore
@@ -42,6 +44,14 @@ class TieredInMemory(OnManualTime):
     @pytest.fixture
     def store(self, clock: ManualClock) -> Store:
         return TieredStore(MemoryMarker(clock), MemoryStore(clock))
+
+
+class CachedInMemory(OnManualTime):
+    """A cache in this process, in front of `TieredStore` in memory."""
+
+    @pytest.fixture
+    def store(self, clock: ManualClock) -> Store:
+        return cached(TieredStore(MemoryMarker(clock), MemoryStore(clock)), LocalCache(1024, 60.0, clock))
 
 
 class OnSQLite:
@@ -112,3 +122,19 @@ class OnRedisAndSQLite:
     @pytest.fixture
     def store(self, redis_url: str, sqlite_tables_url: str) -> Store:
         return TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(sqlite_tables_url))
+
+
+class CachedOnPostgreSQL:
+    """A cache in this process, in front of `SQLStore` on PostgreSQL."""
+
+    @pytest.fixture
+    def store(self, postgres_database: str) -> Store:
+        return cached(SQLStore(postgres_database, create_schema=True), LocalCache(1024, 60.0))
+
+
+class CachedOnRedis(OnRedis):
+    """A cache in this process, in front of `RedisStore`, which has fewer abilities than the others."""
+
+    @pytest.fixture
+    def store(self, redis_url: str) -> Store:
+        return cached(RedisStore(redis_url, socket_timeout=PATIENCE), LocalCache(1024, 60.0))

@@ -15,6 +15,9 @@ from idem_tasks.testing.batch_contract import SITUATIONS, BatchInUse
 from idem_tasks.testing.driver import PATIENCE
 from idem_tasks.testing.store_in_use import StoreInUse
 from tests.contract.stores import (
+    CachedInMemory,
+    CachedOnPostgreSQL,
+    CachedOnRedis,
     InMemory,
     OnManualTime,
     OnMariaDB,
@@ -83,6 +86,18 @@ class TestTieredRedisPostgreSQL(OnRedisAndPostgreSQL, AnyBatch):
 
 class TestTieredRedisSQLite(OnRedisAndSQLite, AnyBatch):
     """`TieredStore` of Redis and a SQLite file."""
+
+
+class TestCachedInMemory(CachedInMemory, AnyBatch):
+    """A cache in front of `TieredStore` in memory."""
+
+
+class TestCachedPostgreSQL(CachedOnPostgreSQL, AnyBatch):
+    """A cache in front of `SQLStore` on PostgreSQL."""
+
+
+class TestCachedRedis(CachedOnRedis, AnyBatch):
+    """A cache in front of `RedisStore`."""
 
 
 if fixtures.MYSQL_VARIABLE in os.environ:

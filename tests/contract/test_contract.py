@@ -6,6 +6,9 @@ import os
 
 from idem_tasks.testing import RecordTierContract, StoreContract
 from tests.contract.stores import (
+    CachedInMemory,
+    CachedOnPostgreSQL,
+    CachedOnRedis,
     InMemory,
     OnMariaDB,
     OnMySQL,
@@ -65,3 +68,15 @@ class TestTieredRedisPostgreSQL(OnRedisAndPostgreSQL, StoreContract):
 
 class TestTieredRedisSQLite(OnRedisAndSQLite, StoreContract):
     """`TieredStore` of Redis and a SQLite file."""
+
+
+class TestCachedInMemory(CachedInMemory, StoreContract):
+    """A cache in front of `TieredStore` in memory."""
+
+
+class TestCachedPostgreSQL(CachedOnPostgreSQL, StoreContract):
+    """A cache in front of `SQLStore` on PostgreSQL."""
+
+
+class TestCachedRedis(CachedOnRedis, StoreContract):
+    """A cache in front of `RedisStore`."""

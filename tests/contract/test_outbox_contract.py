@@ -6,6 +6,7 @@ import os
 
 from idem_tasks.testing import OutboxContract
 from tests.contract.stores import (
+    CachedInMemory,
     InMemory,
     OnMariaDB,
     OnMySQL,
@@ -23,6 +24,10 @@ class TestMemory(InMemory, OutboxContract):
 
 class TestTieredInMemory(TieredInMemory, OutboxContract):
     """`TieredStore` of a marker and records in memory."""
+
+
+class TestCachedInMemory(CachedInMemory, OutboxContract):
+    """A cache in front of `TieredStore` in memory."""
 
 
 class TestSQLite(OnSQLite, OutboxContract):

@@ -6,6 +6,7 @@ import os
 
 from idem_tasks.testing import StepContract
 from tests.contract.stores import (
+    CachedInMemory,
     InMemory,
     OnMariaDB,
     OnMySQL,
@@ -23,6 +24,10 @@ class TestMemory(InMemory, StepContract):
 
 class TestTieredInMemory(TieredInMemory, StepContract):
     """`TieredStore` of a marker and records in memory."""
+
+
+class TestCachedInMemory(CachedInMemory, StepContract):
+    """A cache in front of `TieredStore` in memory."""
 
 
 class TestSQLite(OnSQLite, StepContract):

@@ -16,6 +16,8 @@ from tests.explorer.mutants_of_effects import MUTANTS_OF_EFFECTS
 _MEMORY = "idem_tasks.stores.memory"
 _MARKER = "idem_tasks.stores.memory_marker"
 _TIERED = "idem_tasks.stores.tiered"
+_CACHED = "idem_tasks.stores.cached"
+_LOCAL_CACHE = "idem_tasks.stores.local_cache"
 _TASK = "idem_tasks.task"
 _RUNTIME = "idem_tasks.runtime"
 _HEARTBEAT = "idem_tasks.heartbeat"
@@ -834,6 +836,50 @@ if owner in self._held and deadline_clock() > self._held[owner].deadline:
         after="return await self._claim_record(request)",
         laws=("RECORDED_BEFORE_ANSWER",),
         scenario="forgotten while a command is late",
+    ),
+    Mutant(
+        name="an outcome is kept before it is recorded",
+        module=_CACHED,
+        before="""\
+        answer = await self._store.finish(lease, outcome, may_insert=may_insert)
+        self._keep_own(lease, outcome, answer, question)""",
+        after="""\
+        self._keep_own(lease, outcome, Recorded(), question)
+        answer = await self._store.finish(lease, outcome, may_insert=may_insert)""",
+        laws=("RECORDED_BEFORE_ANSWER", "ONE_OUTCOME"),
+        scenario="a local cache, and a pause",
+    ),
+    Mutant(
+        name="a superseded outcome is kept",
+        module=_CACHED,
+        before="told = finished_by(lease, outcome) if isinstance(answer, Recorded) else answer",
+        after="told = finished_by(lease, outcome)",
+        laws=("RECORDED_BEFORE_ANSWER", "ONE_OUTCOME"),
+        scenario="a local cache, and a pause",
+    ),
+    Mutant(
+        name="what a person forgets is kept",
+        module=_LOCAL_CACHE,
+        before="self._kept.pop(place, None)",
+        after="pass",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="a local cache, and a person forgets",
+    ),
+    Mutant(
+        name="what was on its way while a person forgot it is kept",
+        module=_LOCAL_CACHE,
+        before="if question.drops != self._drops:",
+        after="if False:",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="a local cache, and a person forgets",
+    ),
+    Mutant(
+        name="an outcome is kept for longer than its retention",
+        module=_LOCAL_CACHE,
+        before="lasts = min(self._ttl, request.policy.cache_ttl, finished.expires_in)",
+        after="lasts = self._ttl",
+        laws=("RECORDED_BEFORE_ANSWER",),
+        scenario="a local cache, and little retention is left",
     ),
     *MUTANTS_OF_EFFECTS,
 )

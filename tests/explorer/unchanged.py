@@ -23,7 +23,7 @@ from idem_tasks import (
     task,
 )
 from idem_tasks.runtime import deadline_clock_from
-from idem_tasks.stores import memory, memory_marker, memory_outbox, tiered
+from idem_tasks.stores import cached, local_cache, memory, memory_marker, memory_outbox, tiered
 from idem_tasks.testing.clock import ManualClock
 from idem_tasks.testing.explorer.scenario import Scenario, policy
 from idem_tasks.testing.explorer.world import World
@@ -31,7 +31,7 @@ from idem_tasks.testing.explorer.world import World
 PROTOCOL = (
     *(task, session_run, endings, asking, steps, outbox),
     *(block, call, replay, heartbeat, claims, runtime),
-    *(tiered, memory, memory_marker, memory_outbox),
+    *(tiered, cached, local_cache, memory, memory_marker, memory_outbox),
 )
 
 

@@ -14,7 +14,8 @@ from idem_tasks.heartbeat import Heartbeat
 from idem_tasks.outbox import Senders
 from idem_tasks.outcomes import JsonCodec
 from idem_tasks.runtime import FIRST_PAUSE, Asyncio, Blocking, register_interruption
-from idem_tasks.stores.base import MarkerPending
+from idem_tasks.stores.base import MarkerPending, Store
+from idem_tasks.stores.cached import cached
 from idem_tasks.stores.tiered import TieredStore
 from idem_tasks.testing.explorer.database import SimulatedTransaction
 from idem_tasks.testing.explorer.laws import Law, Violation
@@ -133,7 +134,9 @@ class Worker:
         if world.scenario.session:
             in_session = stepped_record(world.watched_database, self.reach, "session")
             record.transaction = lambda lease, _source, _given: SimulatedTransaction(world.database, in_session, lease)
-        self.store = TieredStore(stepped_marker(world.watched_marker, self.reach), record)
+        self.store: Store = TieredStore(stepped_marker(world.watched_marker, self.reach), record)
+        if world.local_cache is not None:
+            self.store = cached(self.store, world.local_cache)
         self.heartbeat = StillHeartbeat(self.store, announce)
         self.services = Services(
             self.store, self.heartbeat, announce, _codec, Runtime(self), Senders({"mail": world.post})
@@ -228,7 +231,7 @@ class Actor:
         elif step is not None and step.when == "after" and reply is False:
             self.hear(step)
         seen = None if step is None else (step.tier, step.verb, step.when, summary_of(step.answer))
-        self.trail = hash((self.trail, seen, told, world.clock()))
+        self.trail = hash((self.trail, seen, told, world.clock(), world.cache_summary()))
         self.step = None
         try:
             if isinstance(reply, BaseException):

@@ -75,6 +75,7 @@ class Scenario:
     says. `behaviours` are those of the handler's runs, in order; it returns from all later ones. With `session` it
     writes a row in the transaction of its outcome, and has an outside effect only where a crash leaves doubt. `steps`
     are the names of its steps: the effect is that of the first. `messages` are those that it publishes.
+    With `local_cache` all workers are threads of one process, which keeps what it has recorded or replayed.
     `every_reply` stops also between an effect and its reply; without it both are one step. `beats_in_time` lets no
     time pass while a heartbeat is due. `reduced` leaves out orders of steps that make no difference to anybody.
     """
@@ -89,6 +90,7 @@ class Scenario:
     session: bool = False
     steps: tuple[str, ...] = ()
     messages: tuple[str, ...] = ()
+    local_cache: bool = False
     every_reply: bool = False
     beats_in_time: bool = False
     reduced: bool = True

@@ -149,6 +149,15 @@ EXHAUSTIVE: tuple[Scenario, ...] = (
         faults=_each(["SQL down", "broker down", "lease over"]),
         most_faults=2,
     ),
+    Scenario(
+        name="one fault, local cache",
+        policy=policy(),
+        copies=2,
+        deliveries=2,
+        local_cache=True,
+        faults=_ONE_EACH,
+        reduced=False,
+    ),
     Scenario(name="one fault, a provider is asked", policy=policy(ask_provider), faults=_ONE_EACH),
     Scenario(
         name="a provider is asked",
@@ -188,6 +197,8 @@ AT_RANDOM: tuple[Scenario, ...] = (
     _many_faults("steps", policy(), "raise", steps=_STEPS, messages=_MESSAGES),
     _many_faults("steps, hold", policy("hold"), steps=_STEPS),
     _many_faults("a provider is asked", policy(ask_provider), messages=_MESSAGES),
+    _many_faults("local cache", policy(), "return", "raise", messages=_MESSAGES, local_cache=True),
+    _many_faults("local cache, hold", policy("hold"), local_cache=True),
     Scenario(
         name="many late commands",
         policy=policy(),

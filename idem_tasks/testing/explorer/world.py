@@ -25,9 +25,11 @@ from idem_tasks.claims import (
 from idem_tasks.errors import PUT_BACK, ConflictError, InDoubtError, ParkedError, StoreUnavailableError
 from idem_tasks.events import Announcer
 from idem_tasks.outbox import Relay, Senders
+from idem_tasks.policy import LOCAL_CACHE_TTL
 from idem_tasks.runtime import Blocking, run_sync
 from idem_tasks.session_argument import SessionOfCall
 from idem_tasks.stores.base import RuntimeName
+from idem_tasks.stores.local_cache import LocalCache
 from idem_tasks.stores.memory import MemoryStore
 from idem_tasks.stores.memory_marker import MemoryMarker
 from idem_tasks.task import perform
@@ -105,6 +107,7 @@ class World:
         self.watched_marker = _Watched(self.marker, self._marker_command)
         self.watched_outbox = _Watched(self.record.outbox, self._outbox_command)
         self.watched_database = _Watched(self.database, self._session_command)
+        self.local_cache = LocalCache(1, LOCAL_CACHE_TTL, clock) if scenario.local_cache else None
         self.workers: dict[str, Worker] = {}
         self.actors: dict[str, Actor] = {}
         self.ready = scenario.copies
@@ -727,6 +730,13 @@ class World:
         waiting = self.record.outbox._keys.get((SCOPE, KEY), ())  # noqa: SLF001 - simulated by it
         return tuple((each.message.id, each.due_at, each.owner is None) for each in waiting)
 
+    def cache_summary(self) -> tuple[Any, ...]:
+        """Return all that the cache's next answers depend on, and whether it keeps what is on its way."""
+        if self.local_cache is None:
+            return ()
+        kept = tuple(self.local_cache._kept.values())  # noqa: SLF001 - no other way to see what it will answer
+        return kept, self.local_cache.question().drops
+
     def key(self) -> int:
         """Return a hash of all that the rest of this execution depends on."""
         standing = self.marker._markers.get((SCOPE, KEY))  # noqa: SLF001 - simulated by it
@@ -745,6 +755,7 @@ class World:
                 (self.faults_left, frozenset(self.left.items())),
                 (self.database.locked_by, self.database.commit_is_late, self._outbox_summary()),
                 self.laws.summary(),
+                self.cache_summary(),
             )
         )
 
