@@ -200,7 +200,7 @@ MUTANTS = (
         module=_TIERED,
         before="""\
             case MarkerTaken():  # pragma: no branch - there is no other answer
-                return await self._claim_record(request)""",
+                return await self._claim_record(replace(request, marked=True))""",
         after="""\
             case MarkerTaken():
                 return Granted(Lease(request, fencing_token=1))""",
@@ -832,7 +832,7 @@ if owner in self._held and deadline_clock() > self._held[owner].deadline:
     Mutant(
         name="a take that nobody heard of becomes an outcome",
         module=_TIERED,
-        before="return await self._claim_record(replace(request, take=None))",
+        before="return await self._claim_record(replace(request, take=None, marked=False))",
         after="return await self._claim_record(request)",
         laws=("RECORDED_BEFORE_ANSWER",),
         scenario="forgotten while a command is late",
