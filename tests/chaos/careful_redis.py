@@ -36,7 +36,8 @@ class Channel(redis.Channel):
         [queue] = self.active_queues
         self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
-        self.client.connection.send_command("BLMOVE", queue, queue, "RIGHT", "RIGHT", timeout or self.brpop_timeout)
+        seconds = timeout or getattr(self, "brpop_timeout", 1)  # it is an option since kombu 5.6
+        self.client.connection.send_command("BLMOVE", queue, queue, "RIGHT", "RIGHT", seconds)
 
     def _brpop_read(self, **options: Any) -> bool:
         try:
