@@ -276,6 +276,8 @@ class Idempotency:
     ) -> bool:
         """Delete a record and its marker, so that the next delivery runs; returns whether there was one.
 
+        Another process with `local_cache=` answers for it until its `local_cache_ttl` is over.
+
         Raises `InProgressError` while it runs; `ConflictError` if it has another fencing token than `expect_token`,
         so that what you saw is what you delete. `reason` and `actor` (`user@host`) go to the audit.
         """

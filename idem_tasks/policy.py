@@ -194,7 +194,7 @@ def seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigurationError(f"{name} must be seconds or a timedelta, not {type(value).__name__}")
     if not 0 <= value < 1e10:
-        raise ConfigurationError(f"{name}={value} must be a finite number of seconds, 0 or more")
+        raise ConfigurationError(f"{name}={value} must be from 0 to 10,000,000,000 seconds")
     return float(value)
 
 

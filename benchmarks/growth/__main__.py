@@ -1,7 +1,7 @@
 """Whether many records are felt: `python -m benchmarks.growth [--quick] [--rows N ..] [--folder FOLDER]`.
 
 `make growth` does the same. Fills tables of PostgreSQL with records, measures calls on all of them in turns, and
-writes GROWTH.md and growth.png into the folder, which is benchmarks/ if nothing else is said. The server is one of its
+writes GROWTH.md and growth.png into the folder: benchmarks/, or for other sizes .benchmarks/. The server is one of its
 own, or what IDEM_TASKS_TEST_POSTGRES_URL names.
 """
 
@@ -24,7 +24,7 @@ from benchmarks.growth.server import postgres, settings
 from benchmarks.growth.tables import RecordsTable
 from benchmarks.place import new_place
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[2]
 ROWS = (10_000, 1_000_000, 10_000_000)
 ROWS_IN_QUICK = (10_000, 100_000)
 
@@ -37,9 +37,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two small tables, in half a minute")
     parser.add_argument("--rows", type=int, nargs="+", help="how many records the tables have")
-    parser.add_argument("--folder", type=Path, default=HERE, help="where GROWTH.md and growth.png go")
+    parser.add_argument("--folder", type=Path, help="where GROWTH.md and growth.png go")
     given = parser.parse_args(arguments)
+    if given.rows and min(given.rows) < 1:
+        parser.error("--rows: a table has one record at least")
     wanted = sorted(given.rows or (ROWS_IN_QUICK if given.quick else ROWS))
+    folder = given.folder or (HERE / "benchmarks" if wanted == sorted(ROWS) else HERE / ".benchmarks")
     load = os.getloadavg()[0]
     with postgres() as server:
         sizes = [rows for rows in wanted if rows * BYTES_EACH < shutil.disk_usage(server.folder).free]
@@ -55,13 +58,13 @@ def main(arguments: list[str]) -> int:
                 say(f"{table.fill():,.0f} a second were made")
             found = measure_growth(tables, QUICK if given.quick else FULL, say)
     facts["load after the run"] = f"{os.getloadavg()[0]:.2f}, its own included"
-    given.folder.mkdir(parents=True, exist_ok=True)
-    draw(found, given.folder / "growth.png")
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(found, folder / "growth.png")
     command = " ".join(["make growth", *(["QUICK=1"] if given.quick else [])])
     if given.rows:
         command = f"sh scripts/growth {' '.join(arguments)}"
-    (given.folder / "GROWTH.md").write_text(document(found, facts, command), encoding="utf-8")
-    print(f"written: {given.folder / 'GROWTH.md'}")
+    (folder / "GROWTH.md").write_text(document(found, facts, command), encoding="utf-8")
+    print(f"written: {folder / 'GROWTH.md'}")
     return 0
 
 

@@ -38,6 +38,7 @@ def draw_calls(axes: Axes, found: Sequence[Found]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(bottom=100)
+    axes.set_xlabel("records", fontsize=7, color=INK)
     axes.legend(fontsize=7, frameon=False)
 
 
@@ -51,4 +52,6 @@ def draw_sizes(axes: Axes, found: Sequence[Found]) -> None:
         axes.bar(places, heights, 0.6, bottom=below, label=name, color=(BLUE, ORANGE, GREY, INK)[number % 4])
         below = [under + height for under, height in zip(below, heights, strict=True)]
     axes.set_xticks(places, [f"{each.rows:,}" for each in found])
-    axes.legend(fontsize=7, frameon=False)
+    axes.set_xlabel("records", fontsize=7, color=INK)
+    axes.set_ylim(top=1.35 * max(below))  # room for the legend
+    axes.legend(fontsize=7, frameon=False, ncols=4, loc="upper left")

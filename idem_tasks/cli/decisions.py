@@ -101,7 +101,7 @@ def forget(
     if record is None and not dry_run:
         idempotency.forget(scope, key)  # a marker may be left of one that was deleted while Redis was away
     record = _look(idempotency, scope, key, expect_token)
-    plan = [_described(record), "It will be deleted: the next delivery will run the handler again."]
+    plan = [_described(record), "It will be deleted: the next delivery will run the handler again.", CACHED]
     if not _agreed(answer, plan, record, yes=yes, dry_run=dry_run):
         return
     try:
@@ -114,6 +114,9 @@ def forget(
         answer.document({"done": True, "plan": plan, "record": None})
     else:
         answer.say(f"Done: {scope} {key!r} is forgotten.")
+
+
+CACHED = "A process with local_cache= answers for it until its local_cache_ttl is over: send nothing again before."
 
 
 def _word(outcome: str | None, fail: str | None, *, rerun: bool) -> dict[str, Any]:

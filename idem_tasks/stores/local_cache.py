@@ -7,9 +7,11 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 from idem_tasks.claims import ClaimRequest, Finished
+from idem_tasks.errors import ConfigurationError
 from idem_tasks.policy import Duration, check_count, seconds
 from idem_tasks.runtime import deadline_clock
 
@@ -48,6 +50,8 @@ class LocalCache:
         check_count("local_cache", size, optional=False)
         self.size = size
         self._ttl = seconds("local_cache_ttl", ttl)
+        if size and not self._ttl:
+            raise ConfigurationError("local_cache_ttl=0 keeps no outcome; leave local_cache= out instead")
         self._clock = clock
         self._drops = 0
         _made.add(self)
@@ -87,9 +91,12 @@ class LocalCache:
 
     def keep(self, request: ClaimRequest, finished: Finished, question: Question) -> None:
         """Keep an outcome that the store has recorded, unless anything was dropped since it was asked."""
-        body = finished.outcome.body
-        if body is not None and len(body) > LARGEST:
-            return
+        outcome = finished.outcome
+        if outcome.body is not None:
+            if len(outcome.body) > LARGEST:
+                return
+            # A copy: msgspec leaves room behind what it has written, half as much again.
+            finished = replace(finished, outcome=replace(outcome, body=bytes(memoryview(outcome.body))))
         lasts = min(self._ttl, request.policy.cache_ttl, finished.expires_in)
         with self._lock:
             if question.drops != self._drops:

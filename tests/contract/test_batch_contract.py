@@ -92,10 +92,12 @@ class TestCachedInMemory(CachedInMemory, AnyBatch):
     """A cache in front of `TieredStore` in memory."""
 
 
+@pytest.mark.large
 class TestCachedPostgreSQL(CachedOnPostgreSQL, AnyBatch):
     """A cache in front of `SQLStore` on PostgreSQL."""
 
 
+@pytest.mark.large
 class TestCachedRedis(CachedOnRedis, AnyBatch):
     """A cache in front of `RedisStore`."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from idem_tasks.testing import RecordTierContract, StoreContract
 from tests.contract.stores import (
     CachedInMemory,
@@ -39,6 +41,7 @@ class TestPostgreSQL(OnPostgreSQL, RecordTierContract):
     """`SQLStore` on PostgreSQL."""
 
 
+@pytest.mark.large
 class TestPartitionedPostgreSQL(OnPartitionedPostgreSQL, RecordTierContract):
     """`SQLStore` on PostgreSQL, partitioned."""
 
@@ -74,9 +77,11 @@ class TestCachedInMemory(CachedInMemory, StoreContract):
     """A cache in front of `TieredStore` in memory."""
 
 
+@pytest.mark.large
 class TestCachedPostgreSQL(CachedOnPostgreSQL, StoreContract):
     """A cache in front of `SQLStore` on PostgreSQL."""
 
 
+@pytest.mark.large
 class TestCachedRedis(CachedOnRedis, StoreContract):
     """A cache in front of `RedisStore`."""
