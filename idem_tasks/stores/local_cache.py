@@ -98,6 +98,8 @@ class LocalCache:
             # A copy: msgspec leaves room behind what it has written, half as much again.
             finished = replace(finished, outcome=replace(outcome, body=bytes(memoryview(outcome.body))))
         lasts = min(self._ttl, request.policy.cache_ttl, finished.expires_in)
+        if lasts <= 0:
+            return
         with self._lock:
             if question.drops != self._drops:
                 return  # it may be what was forgotten meanwhile

@@ -43,15 +43,26 @@ def write(connection: Connection, statement: Executable, values: Mapping[str, An
 
 
 def _send(connection: Connection, statement: Any, values: Mapping[str, Any], answer: Callable[[Prepared, Any], A]) -> A:
-    prepared = prepare(statement, connection.dialect)
+    dialect = connection.dialect
+    prepared = prepare(statement, dialect)
     try:
         cursor = _cursor(connection)
         prepared.execute(cursor, values)
-        answered = answer(prepared, cursor)
-    except BaseException as error:  # noqa: BLE001 - as SQLAlchemy raises it, which throws broken connections away
+        return answer(prepared, cursor)
+    except dialect.loaded_dbapi.Error as error:
         unusable = connection.info.pop(_CURSOR, None)
-        connection._handle_dbapi_exception(error, prepared.text, None, unusable, None)  # noqa: SLF001 - no public name
-    return answered
+        if isinstance(error, dialect.loaded_dbapi.NotSupportedError):
+            # PostgreSQL: a plan that no longer fits a table which was changed, and never will on this connection.
+            connection.invalidate(error)
+        # As SQLAlchemy raises it, which throws a broken connection away; it has no public name for that.
+        connection._handle_dbapi_exception(error, prepared.text, None, unusable, None)  # noqa: SLF001
+    except BaseException:
+        # What strikes from outside goes on as itself, and its connection is thrown away. A cursor that lived on in the
+        # traceback would keep an SQLite file locked.
+        unusable = connection.info.pop(_CURSOR, None)
+        if unusable is not None and not dialect.is_async:
+            unusable.close()
+        raise
 
 
 def _cursor(connection: Connection) -> Any:

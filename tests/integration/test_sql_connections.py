@@ -120,6 +120,23 @@ def test_a_restarted_server_is_reconnected_to(private_postgres: Callable[..., Po
     driver(use.store.close())
 
 
+@pytest.mark.parametrize("scheme", ["postgresql+psycopg", "postgresql+asyncpg"])
+def test_a_table_that_was_changed_costs_one_statement_a_connection(postgres_url: str, scheme: str) -> None:
+    """A plan that no longer fits is not tried for ever: the connection that has it is thrown away."""
+    url = make_url(postgres_url).set(drivername=scheme).render_as_string(hide_password=False)
+    with Driver("asyncio" if scheme.endswith("asyncpg") else "blocking") as driver:
+        use = opened(url, driver)
+        for number in range(12):  # psycopg prepares what came five times
+            use.granted(f"before-{number}")
+        with create_engine(postgres_url, poolclass=NullPool).begin() as connection:
+            connection.execute(text("ALTER TABLE idem_tasks_records ALTER COLUMN codec TYPE text"))
+        with pytest.raises(StoreError):
+            use.claim("in between")
+        for number in range(6):
+            use.granted(f"after-{number}")
+        driver(use.store.close())
+
+
 # Forks and event loops
 
 
