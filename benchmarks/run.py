@@ -7,6 +7,7 @@ the table of those cases whose group or name has the words in it, and writes not
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -58,6 +59,8 @@ def measure_all(cases: list[Case], servers: Place, effort: Effort) -> list[Row]:
     for case in cases:
         begun = time.monotonic()
         print(f"{case.group}: {case.name} ..", end=" ", file=sys.stderr, flush=True)
+        gc.collect()
+        gc.freeze()  # else the collector walks through what the cases before left behind, at whatever way allocates
         with on_cores(ALL if case.all_cores else client_cores()):
             rows += rows_of(case, servers, effort)
         print(f"{time.monotonic() - begun:.0f} s", file=sys.stderr)
