@@ -69,6 +69,7 @@ class TestTieredRedisPostgreSQL(OnRedisAndPostgreSQL, StoreContract):
     """`TieredStore` of Redis and PostgreSQL."""
 
 
+@pytest.mark.large
 class TestTieredRedisSQLite(OnRedisAndSQLite, StoreContract):
     """`TieredStore` of Redis and a SQLite file."""
 

@@ -141,7 +141,7 @@ def test_a_late_command_takes_effect_when_its_sender_is_gone() -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("on_crash", ["rerun", "hold"])
+@pytest.mark.parametrize("on_crash", ["rerun", pytest.param("hold", marks=pytest.mark.large)])
 @pytest.mark.parametrize(
     "faults",
     [
