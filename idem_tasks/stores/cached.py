@@ -57,8 +57,11 @@ class _Rest:
 
     def _keep_own(self, lease: Lease, outcome: EncodedOutcome, answer: object, question: Question) -> None:
         """Keep the outcome of this very claim, if it is recorded, or what is recorded in its place."""
-        told = finished_by(lease, outcome) if isinstance(answer, Recorded) else answer
-        self._keep(lease.request, told, question)
+        if isinstance(answer, Recorded):
+            if self._cache.doubts(lease.owner):
+                return
+            answer = finished_by(lease, outcome)
+        self._keep(lease.request, answer, question)
 
 
 class _CachedStore(_Rest):
@@ -108,7 +111,11 @@ class _CachedStore(_Rest):
     ) -> Recorded | Finished | Lost:
         """Record the outcome, then keep it."""
         question = self._cache.question()
-        answer = await self._store.finish(lease, outcome, may_insert=may_insert)
+        try:
+            answer = await self._store.finish(lease, outcome, may_insert=may_insert)
+        except BaseException:
+            self._cache.doubt([lease.owner])
+            raise
         self._keep_own(lease, outcome, answer, question)
         return answer
 
@@ -118,7 +125,11 @@ class _CachedStore(_Rest):
         if store is None:
             return [None] * len(finished)
         question = self._cache.question()
-        answers = await store.finish_batch(finished)
+        try:
+            answers = await store.finish_batch(finished)
+        except BaseException:
+            self._cache.doubt([lease.owner for lease, _ in finished])
+            raise
         for (lease, outcome), answer in zip(finished, answers, strict=True):
             self._keep_own(lease, outcome, answer, question)
         return answers

@@ -60,6 +60,7 @@ class LocalCache:
     def _begin(self) -> None:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
+        self._doubted: OrderedDict[str, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -107,6 +108,20 @@ class LocalCache:
             self._kept.move_to_end((request.scope, request.key))
             if len(self._kept) > self.size:
                 self._kept.popitem(last=False)
+
+    def doubt(self, owners: Iterable[str]) -> None:
+        """Keep nothing of these owners' own: a finish that failed may have been done, and nobody knows when.
+
+        A later try hears that it is recorded, and its retention may be over by then.
+        """
+        with self._lock:
+            self._doubted.update(dict.fromkeys(owners))
+            while len(self._doubted) > self.size:
+                self._doubted.popitem(last=False)
+
+    def doubts(self, owner: str) -> bool:
+        """Tell whether a finish of this owner failed before."""
+        return owner in self._doubted
 
     def drop(self, places: Iterable[tuple[str, str]]) -> None:
         """Forget these scopes and keys, also those whose answers are on their way."""

@@ -384,3 +384,20 @@ def test_configure_and_urls_take_it() -> None:
         Idempotency(store=MemoryStore(), local_cache=-1)
     with pytest.raises(ConfigurationError, match="local_cache_ttl"):
         Idempotency.from_urls(database_url="sqlite://", local_cache_ttl=-1)
+
+
+def test_what_a_later_try_finds_recorded_is_asked_for(world: World) -> None:
+    """The first try may have recorded it long ago, and its retention may be over: only the store knows."""
+    world.record_tier.after("finish", away())
+    charge = world.charge()
+    assert charge("A-1") == "charged 5 for A-1"
+    assert world.record_tier.verbs.count("finish") == 2
+    assert asked(world, lambda: charge("A-1")) != []
+    assert asked(world, lambda: charge("A-1")) == []
+
+
+def test_no_more_doubts_are_kept_than_outcomes(world: World) -> None:
+    """A store that is away for long costs no memory."""
+    cache = LocalCache(SIZE, 60.0, world.local)
+    cache.doubt(f"owner-{number}" for number in range(SIZE + 1))
+    assert [cache.doubts(f"owner-{number}") for number in range(SIZE + 1)] == [False, True, True, True]
