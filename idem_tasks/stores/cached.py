@@ -113,7 +113,7 @@ class _CachedStore(_Rest):
         question = self._cache.question()
         try:
             answer = await self._store.finish(lease, outcome, may_insert=may_insert)
-        except BaseException:
+        except BaseException:  # whatever struck, it may be recorded
             self._cache.doubt([lease.owner])
             raise
         self._keep_own(lease, outcome, answer, question)
@@ -127,7 +127,7 @@ class _CachedStore(_Rest):
         question = self._cache.question()
         try:
             answers = await store.finish_batch(finished)
-        except BaseException:
+        except BaseException:  # as above
             self._cache.doubt([lease.owner for lease, _ in finished])
             raise
         for (lease, outcome), answer in zip(finished, answers, strict=True):

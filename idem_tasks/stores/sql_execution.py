@@ -60,7 +60,7 @@ def _send(connection: Connection, statement: Any, values: Mapping[str, Any], ans
         # What strikes from outside goes on as itself, and its connection is thrown away. A cursor that lived on in the
         # traceback would keep an SQLite file locked.
         unusable = connection.info.pop(_CURSOR, None)
-        if unusable is not None and not dialect.is_async:
+        if unusable is not None and dialect.driver == "pysqlite":
             unusable.close()
         raise
 
