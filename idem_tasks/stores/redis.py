@@ -1,6 +1,7 @@
 """Redis as the marker tier, or as a whole store: connecting, what its errors mean, and a test of what it can do.
 
-The markers are in `marker.py`, the records in `redis_records.py`. This is the only module that knows the client.
+The markers are in `marker.py`, the records in `redis_records.py`, and single commands go past the client's pool by
+`redis_connections.py`. No other module knows the client.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from idem_tasks.stores.base import RuntimeName
 from idem_tasks.stores.breaker import CircuitBreaker
 from idem_tasks.stores.lua import script
 from idem_tasks.stores.marker import Argument, RedisMarkers
+from idem_tasks.stores.redis_connections import KeptConnections
 from idem_tasks.stores.redis_records import RedisRecords
 from idem_tasks.stores.redis_urls import Address, parse_address
 
@@ -47,6 +49,9 @@ RedisClient = redis.Redis | redis.RedisCluster | redis.asyncio.Redis | redis.asy
 
 _RETRIES = 1
 """A connection that died while it was idle is made anew once. Timeouts are not retried: each would cost another one."""
+
+_POOL_OPTIONS = frozenset({"max_connections", "single_connection_client"})
+"""Options of a URL that only redis-py's own pool keeps to."""
 
 _KEYS_AT_ONCE = 1000
 """For one script: nobody else is served while it runs. Measured: 1,000 markers are taken in 3 ms."""
@@ -72,9 +77,12 @@ class RedisStore(RedisMarkers, RedisRecords):
     is over before the next one is due. A lost connection is made anew once; timeouts are not retried. Once a server
     cannot be reached, calls fail at once, and one is let through as a try after 1 s, then 2, 4 .. at most 30 s.
 
-    Clients are made at the first call, one per process and one per event loop. Each first tests by trying them, on
-    a key of its own, the commands everything rests on, and whether `SET NX GET` (7.0) is one command here or a small
-    script (6.2).
+    Clients are made at the first call, one per process and one per event loop. Those that blocking handlers have for a
+    URL of one server send single commands past redis-py's pool, on as many connections as threads send at once. With
+    `?max_connections=` they go by the pool, and so they do by a client that you give, where what watches sees them.
+
+    A client first tests by trying them, on a key of its own, the commands everything rests on, and whether `SET NX GET`
+    (7.0) is one command here or a small script (6.2).
 
     Raises `ConfigurationError` for a URL or client that cannot work, at the first call `StoreConfigurationError` for a
     refused password or a server that ignores NX or PX; `StoreUnavailableError` where Redis cannot be reached;
@@ -163,7 +171,9 @@ class _FromAddress:
             self._options["db"] = address.db
             # redis-py 5 wants to know it here; later ones take it from `retry`.
             self._options["retry_on_error"] = [exceptions.ConnectionError]
-        for name, value in _query_options(address.query).items():
+        asked = _query_options(address.query)
+        self.keeps_connections = address.kind in ("single", "unix") and not asked.keys() & _POOL_OPTIONS
+        for name, value in asked.items():
             if name.startswith("sentinel_"):
                 self._sentinel_options[name.removeprefix("sentinel_")] = value
             else:
@@ -231,6 +241,7 @@ class _Given:
     """A client that somebody else made, and closes."""
 
     is_ours = False
+    keeps_connections = False
     patience = 10.0
 
     def __init__(self, client: RedisClient) -> None:
@@ -265,6 +276,8 @@ class _Client:
 
     breaker: CircuitBreaker
     redis: Any = None
+    commands: Any = None
+    """What single commands are sent by: the client itself, or connections that are kept at hand."""
     opened: Sequence[Any] = ()
     tested: bool = False
     sets_and_gets: bool = False
@@ -376,8 +389,13 @@ class _Connection:
         return _Client(CircuitBreaker(self._opener.patience))
 
     async def _open(self, client: _Client) -> None:
-        client.opened = self._opener.open(self._runtime)
-        client.redis = client.opened[0]
+        opened = self._opener.open(self._runtime)
+        found = client.commands = opened[0]
+        if self._runtime == "blocking" and self._opener.keeps_connections:
+            client.commands = KeptConnections(found.connection_pool, retries=_RETRIES)
+            opened.append(client.commands)
+        client.opened = opened
+        client.redis = found  # the last: with it another thread takes the client for opened
         if self._runtime == "asyncio" and self._opener.is_ours:
             # An event loop that ends closes the generators that are still open in it, and so this client.
             client.until_loop_ends = self._until_loop_ends(client)
@@ -448,12 +466,12 @@ def _set_if_absent(client: _Client, key: bytes, value: bytes, milliseconds: int)
 
 
 def _set_and_get(client: _Client, key: bytes, value: bytes, milliseconds: int) -> Any:
-    return client.redis.execute_command("SET", key, value, "NX", "GET", "PX", b"%d" % milliseconds, get=True)
+    return client.commands.execute_command("SET", key, value, "NX", "GET", "PX", b"%d" % milliseconds, get=True)
 
 
 def _evaluated(client: _Client, text: str, key: bytes, *arguments: Argument) -> Any:
     packable = [each if type(each) is bytes else _packable(each) for each in arguments]
-    return client.redis.execute_command("EVAL", text, b"1", key, *packable)
+    return client.commands.execute_command("EVAL", text, b"1", key, *packable)
 
 
 def _got(client: _Client, key: bytes) -> Any:

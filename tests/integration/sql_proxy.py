@@ -20,9 +20,10 @@ long after its maker went on."""
 class Proxy:
     """Forwards connections to the server of a database URL; `url` is the same database through this proxy.
 
-    `round_trips` counts how often a client spoke after the server had spoken, but for its goodbyes. `lose_next_reply()` lets the next
-    request reach the server, waits for its reply, and then cuts the connection instead of forwarding it;
-    `lose_next_reply(after=2)` lets two round trips pass before.
+    `round_trips` counts how often a client spoke after the server had spoken, but for its goodbyes.
+
+    `lose_next_reply()` lets the next request reach the server, waits for its reply, and then cuts the connection
+    instead of forwarding it; `lose_next_reply(after=2)` lets two round trips pass before.
 
     `go_away()` cuts all connections, and then hangs up on new ones, or (`silently`) leaves them without a word, until
     `come_back()`; `go_away(turns=3)` lets the fourth in. `go_away_with_next_reply()` goes once the next reply is lost.

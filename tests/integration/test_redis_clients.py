@@ -188,7 +188,7 @@ class TimeLimitError(Exception):
 
 def hangs_up(url: str, servers: list[Redis], name: str) -> None:
     """Strike a call after its command was sent, and see that none of the servers keeps a connection of this name."""
-    store = RedisStore(f"{url}?client_name={name}")
+    store = RedisStore(f"{url}?client_name={name}&max_connections=50")  # else some are kept that were not struck
 
     def connections() -> list[str]:
         return [each["addr"] for server in servers for each in server.client_list() if each["name"] == name]
