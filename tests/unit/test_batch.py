@@ -490,10 +490,9 @@ def test_messages_are_published_with_their_own_outcome(shop: World) -> None:
     assert [message.body for message in shop.sent] == ["A", "C"]
 
 
+@pytest.mark.parametrize("runtime, tiers", [("blocking", 1)], indirect=True)
 def test_steps_are_those_of_one_message(world: World) -> None:
     """A step is done once for its message, and replayed when that comes again."""
-    if world.runtime == "asyncio" or world.marker is not None:
-        pytest.skip("steps are journalled alike in both runtimes, and markers keep none")
     fails: dict[str, Any] = {"B": ValueError("no")}
 
     def effect(key: str) -> str:
@@ -732,11 +731,19 @@ def test_waiting_is_refused(shop: World) -> None:
 # What strikes.
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SoftLimitError, asyncio.CancelledError])
+@pytest.mark.parametrize(
+    "kind, runtime",
+    [
+        (KeyboardInterrupt, "blocking"),  # on asyncio it would end the test's event loop
+        (SoftLimitError, "blocking"),
+        (SoftLimitError, "asyncio"),
+        (asyncio.CancelledError, "blocking"),
+        (asyncio.CancelledError, "asyncio"),
+    ],
+    indirect=["runtime"],
+)
 def test_what_strikes_the_handler_goes_on_as_itself(shop: World, kind: type[BaseException]) -> None:
     """Its messages are released, and what struck is not wrapped."""
-    if kind is KeyboardInterrupt and shop.runtime == "asyncio":
-        pytest.skip("ends the event loop of the test")
 
     def ship(messages: list[Message]) -> list[str]:
         raise kind
@@ -747,11 +754,9 @@ def test_what_strikes_the_handler_goes_on_as_itself(shop: World, kind: type[Base
     assert shop.held() == 0
 
 
-@pytest.mark.parametrize("verb", ["claim", "claim_batch"])
+@pytest.mark.parametrize("shop, verb", [("alone", "claim"), ("together", "claim_batch")], indirect=["shop"])
 def test_what_strikes_the_claims_gives_all_back(shop: World, verb: str) -> None:
     """Nothing has run: what was granted is given back at once, also where the reply had not come yet."""
-    if (verb == "claim") != bool(shop.record_tier.lacking):
-        pytest.skip("not asked for in this world")
     actions: list[Any] = [lambda: None] if verb == "claim" else []
     shop.record_tier.after(verb, *actions, asyncio.CancelledError())
     with pytest.raises(asyncio.CancelledError):
@@ -1006,10 +1011,9 @@ def test_run_batch(shop: World) -> None:
     assert len(shop.effects) == 2
 
 
+@pytest.mark.parametrize("runtime", ["blocking"], indirect=True)
 def test_a_method_may_be_a_handler(shop: World) -> None:
     """`self` goes before the messages, and is no part of any key."""
-    if shop.runtime == "asyncio":
-        pytest.skip("binding is the same in both runtimes")
 
     class Shop:
         @idempotent_batch(key="{message[id]}", scope=SCOPE, idempotency=shop.idem)

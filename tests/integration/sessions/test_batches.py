@@ -20,6 +20,7 @@ from idem_tasks.events import EventName
 from idem_tasks.runtime import register_interruption
 from idem_tasks.testing import Driver
 from tests.integration.sessions.seller import SCOPE, Order, Seller
+from tests.integration.sessions.test_sessions import SERVERS
 
 LEASE = 2.0
 """Seconds of a lease that is waited out; claims that are granted after that long begin no handler."""
@@ -143,6 +144,7 @@ def test_a_handler_that_raises_writes_nothing(seller: Seller) -> None:
     assert (seller.orders(), states(seller, "AB")) == (0, [State.RELEASED, State.RELEASED])
 
 
+@pytest.mark.parametrize("url", SERVERS, indirect=True)  # on SQLite a session keeps every other worker from writing
 def test_one_that_was_taken_over_keeps_the_others(seller: Seller) -> None:
     """One claim lost in mid-run: nothing of that run is committed, and the rest runs again by itself."""
     runs: list[list[str]] = []
@@ -158,14 +160,13 @@ def test_one_that_was_taken_over_keeps_the_others(seller: Seller) -> None:
         return [f"ordered {name}" for name in names]
 
     task = batch_of(seller, body, lease=LEASE, fingerprint=None)
-    if seller.url.startswith("sqlite"):
-        pytest.skip("on SQLite a session keeps every other worker from writing")
     assert task(["A", "B", "C"]) == ["ordered A", "the other one", "ordered C"]
     assert runs == [["A", "B", "C"], ["A"], ["C"]]
     assert (seller.orders(), seller.orders("B")) == (3, 0)
     assert EventName.SUPERSEDED in seller.names()
 
 
+@pytest.mark.parametrize("url", SERVERS, indirect=True)  # on SQLite a session keeps every other worker from writing
 def test_one_that_was_lost_has_to_come_again(seller: Seller) -> None:
     """One claim taken over and not finished yet: its message comes again, the others are written."""
     runs: list[list[str]] = []
@@ -178,8 +179,6 @@ def test_one_that_was_lost_has_to_come_again(seller: Seller) -> None:
             seller.take_over("B")
         return order_all(names, session)
 
-    if seller.url.startswith("sqlite"):
-        pytest.skip("on SQLite a session keeps every other worker from writing")
     error = failing(batch_of(seller, body, lease=LEASE, fingerprint=None), ["A", "B", "C"])
     assert kinds(error) == ["ordered A", "LeaseLostError", "ordered C"]
     assert isinstance(error.results[1], LeaseLostError)
