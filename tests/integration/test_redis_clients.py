@@ -206,6 +206,17 @@ def hangs_up(url: str, servers: list[Redis], name: str) -> None:
     run_sync(store.close())
 
 
+@pytest.mark.parametrize("options, keeps", [("", True), ("?protocol=3", True), ("?max_connections=9", False)])
+def test_what_only_a_pool_keeps_to_has_commands_go_by_it(redis_url: str, options: str, keeps: bool) -> None:
+    """Single commands go past the client's pool, unless the URL has an option that only the pool knows."""
+    store = RedisStore(redis_url + options)
+    run_sync(store.prepare())
+    assert run_sync(store.take(request())) == MarkerTaken()
+    [client] = store._connection._by_process.values()
+    assert (client.commands is not client.redis) is keeps
+    run_sync(store.close())
+
+
 def test_a_call_that_is_struck_hangs_up(redis_url: str, unique_name: str) -> None:
     """A reply that is still to come after a time limit answers no other key."""
     with Redis.from_url(redis_url, decode_responses=True) as client:
