@@ -16,6 +16,8 @@ from pathlib import Path
 from unittest import mock
 
 from idem_tasks import config
+from idem_tasks.runtime import run_sync
+from idem_tasks.stores import sql_clients
 
 Done = subprocess.CompletedProcess[str]
 
@@ -48,6 +50,7 @@ def idem_tasks(*arguments: str, cwd: Path | None = None, **environment: str) -> 
         mock.patch.multiple(sys, argv=["idem-tasks", *arguments], path=[*sys.path]),
         mock.patch.multiple(sys, stdin=io.StringIO(), stdout=out, stderr=err),
         _modules_of_its_own(),
+        _databases_closed(),
         _no_log_handlers(),
         _signals_restored(),
         config.default_restored(),
@@ -102,6 +105,18 @@ def _modules_of_its_own() -> Iterator[None]:
         sys.modules.update(ours)
         if "idem_tasks.cli" in ours:
             vars(before["idem_tasks"])["cli"] = ours["idem_tasks.cli"]
+
+
+@contextlib.contextmanager
+def _databases_closed() -> Iterator[None]:
+    """Close what a user's module left open, as the end of its process would."""
+    before = set(sql_clients._clients)
+    try:
+        yield
+    finally:
+        for client in set(sql_clients._clients) - before:
+            if isinstance(client, sql_clients.BlockingClient):
+                run_sync(client.close())
 
 
 @contextlib.contextmanager
