@@ -50,7 +50,9 @@ RedisClient = redis.Redis | redis.RedisCluster | redis.asyncio.Redis | redis.asy
 _RETRIES = 1
 """A connection that died while it was idle is made anew once. Timeouts are not retried: each would cost another one."""
 
-_POOL_OPTIONS = frozenset({"max_connections", "retry_on_error", "retry_on_timeout", "single_connection_client"})
+_POOL_OPTIONS = frozenset(
+    {"max_connections", "protocol", "retry_on_error", "retry_on_timeout", "single_connection_client"}
+)
 """Options of a URL that only redis-py's client and its pool keep to."""
 
 _KEYS_AT_ONCE = 1000

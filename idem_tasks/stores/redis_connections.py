@@ -1,12 +1,13 @@
 """Single commands on connections that are kept at hand: half of what a client of redis-py takes for one.
 
-Its client looks whether a connection still stands before it sends anything, takes locks for its pool, and counts. Here
-one is at hand only if the last reply on it was read to its end; whether it still stands, the next command finds out.
+Its client takes locks for its pool, and counts. Here a connection is at hand only if the last reply on it was read to
+its end, and is used only if nothing has come on it since.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 from redis import ConnectionPool, exceptions
@@ -25,9 +26,8 @@ class KeptConnections:
 
     def execute_command(self, *command: Any, **_: Any) -> Any:
         """Send a command and return the reply as it came, or raise what a client of redis-py does."""
-        try:
-            connection = self._idle.pop()
-        except IndexError:
+        connection = self._at_hand()
+        if connection is None:
             connection = self._like.connection_class(**self._like.connection_kwargs)
             connection.connect()
         retries_left = self._retries
@@ -53,5 +53,22 @@ class KeptConnections:
 
     def close(self) -> None:
         """Close those that are not in use."""
-        while self._idle:
-            self._idle.pop().disconnect()
+        while (connection := self._popped()) is not None:
+            connection.disconnect()
+
+    def _at_hand(self) -> Any:
+        """Return one that has nothing to say: what nobody asked for would answer the next command."""
+        connection = self._popped()
+        if connection is None:
+            return None
+        with suppress(exceptions.ConnectionError):
+            if not connection.can_read():
+                return connection
+        connection.disconnect()
+        return None
+
+    def _popped(self) -> Any:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None

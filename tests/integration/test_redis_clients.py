@@ -206,7 +206,7 @@ def hangs_up(url: str, servers: list[Redis], name: str) -> None:
     run_sync(store.close())
 
 
-@pytest.mark.parametrize("options, keeps", [("", True), ("?protocol=3", True), ("?max_connections=9", False)])
+@pytest.mark.parametrize("options, keeps", [("", True), ("?protocol=3", False), ("?max_connections=9", False)])
 def test_what_only_a_pool_keeps_to_has_commands_go_by_it(redis_url: str, options: str, keeps: bool) -> None:
     """Single commands go past the client's pool, unless the URL has an option that only the pool knows."""
     store = RedisStore(redis_url + options)

@@ -89,6 +89,16 @@ def test_a_connection_that_was_lost_is_made_anew(
     assert found != lost
 
 
+def test_a_reply_that_nobody_asked_for(keep: Keep) -> None:
+    """What a faulty proxy says of its own accord is no reply to the next command, nor shifts those that follow."""
+    kept = keep()
+    kept.execute_command("PING")
+    [connection] = kept._idle
+    connection.send_packed_command(connection.pack_command("ECHO", b"stray"))
+    wait_until(connection.can_read, seconds=10, what="it to come")
+    assert [kept.execute_command("ECHO", each) for each in (b"1", b"2", b"3")] == [b"1", b"2", b"3"]
+
+
 def test_a_server_that_is_gone(private_redis: Callable[..., RedisServer], keep: Keep) -> None:
     """Nobody answers: it is said, and once somebody does again the same connections serve."""
     server = private_redis()
