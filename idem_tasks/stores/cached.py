@@ -181,11 +181,7 @@ class _CachedTransaction(_Rest):
 
     async def commit(self, outcome: EncodedOutcome) -> bool:
         question = self._cache.question()
-        try:
-            is_committed: bool = await self._wrapped.commit(outcome)
-        except BaseException:  # as in `finish`
-            self._cache.doubt([self._lease.owner])
-            raise
+        is_committed: bool = await self._wrapped.commit(outcome)
         if is_committed:
             self._keep_own(self._lease, outcome, Recorded(), question)
         return is_committed
@@ -200,11 +196,7 @@ class _CachedBatch(_Rest):
 
     async def commit_all(self, outcomes: Sequence[EncodedOutcome]) -> list[bool]:
         question = self._cache.question()
-        try:
-            held: list[bool] = await self._wrapped.commit_all(outcomes)
-        except BaseException:  # as in `finish`
-            self._cache.doubt([lease.owner for lease in self._leases])
-            raise
+        held: list[bool] = await self._wrapped.commit_all(outcomes)
         if all(held):
             for lease, outcome in zip(self._leases, outcomes, strict=True):
                 self._keep_own(lease, outcome, Recorded(), question)

@@ -23,6 +23,8 @@ from idem_tasks.stores.cached import cached
 from idem_tasks.stores.local_cache import LocalCache
 from idem_tasks.testing import Driver
 from tests.integration.sessions.seller import SCOPE, SHORT, Order, Seller, order
+from tests.integration.sessions.test_sessions import SERVERS, on
+from tests.integration.sql_proxy import Proxy
 
 
 @pytest.fixture
@@ -94,6 +96,25 @@ def test_what_the_database_refused_is_not_kept(seller: Seller) -> None:
     for _ in range(2):
         with pytest.raises(IntegrityError):
             task("A-2")
+
+
+@pytest.mark.parametrize("url", SERVERS, indirect=True)
+def test_a_commit_whose_reply_was_lost_is_asked_for(driver: Driver, url: str) -> None:
+    """It is found to be done, but nobody knows since when: the next duplicate asks, and then it is known."""
+    with Proxy(url) as proxy:
+        store = cached(SQLStore(proxy.url, create_schema=True), LocalCache(100, 60.0))
+        with Seller(driver, url, store) as seller:
+            seller.sessions = seller.sessionmaker(seller.new_engine(proxy.url))
+            task = seller.task(order)
+            with on("before_commit", lambda *_: proxy.lose_next_reply()):
+                assert task("A-1") == "ordered A-1"
+            assert proxy.lost == 1
+            before = proxy.round_trips
+            assert task("A-1") == "ordered A-1"
+            asked, before = proxy.round_trips - before, proxy.round_trips
+            assert asked > 0
+            assert task("A-1") == "ordered A-1"
+            assert (proxy.round_trips, seller.orders()) == (before, 1)
 
 
 def test_what_a_zombie_did_not_commit_is_not_kept(seller: Seller) -> None:
