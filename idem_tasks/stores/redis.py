@@ -180,6 +180,9 @@ class _FromAddress:
                 self._sentinel_options[name.removeprefix("sentinel_")] = value
             else:
                 self._options[name] = value
+        if self._options.get("db"):
+            # As text: of a number hiredis makes it, which is where a time limit crashes the process (see `_packable`).
+            self._options["db"] = str(self._options["db"])
 
     def open(self, runtime: RuntimeName) -> list[Any]:
         """Make a client, and those it needs itself; that of a blocking cluster connects at once, others when used."""
@@ -392,11 +395,11 @@ class _Connection:
 
     async def _open(self, client: _Client) -> None:
         opened = self._opener.open(self._runtime)
-        found = client.commands = opened[0]
+        found = commands = opened[0]
         if self._runtime == "blocking" and self._opener.keeps_connections:
-            client.commands = KeptConnections(found.connection_pool, retries=_RETRIES)
-            opened.append(client.commands)
-        client.opened = opened
+            commands = KeptConnections(found.connection_pool, retries=_RETRIES)
+            opened.append(commands)
+        client.opened, client.commands = opened, commands
         client.redis = found  # the last: with it another thread takes the client for opened
         if self._runtime == "asyncio" and self._opener.is_ours:
             # An event loop that ends closes the generators that are still open in it, and so this client.

@@ -61,7 +61,7 @@ class KeptConnections:
         connection = self._popped()
         if connection is None:
             return None
-        with suppress(exceptions.ConnectionError):
+        with suppress(exceptions.ConnectionError, exceptions.TimeoutError, OSError):  # as redis-py's pool does
             if not connection.can_read():
                 return connection
         connection.disconnect()

@@ -20,6 +20,7 @@ from idem_tasks.policy import Policy
 from idem_tasks.runtime import run_sync
 from idem_tasks.stores.base import MarkerFinished, MarkerRunning, MarkerTaken
 from idem_tasks.stores.redis import RedisStore
+from tests.integration.time_limits import TimeLimitError
 from tests.services.redis_server import RedisCluster, RedisSentinel, RedisServer
 from tests.services.waiting import wait_until
 
@@ -182,10 +183,6 @@ def test_two_prefixes_do_not_meet(redis_url: str) -> None:
         run_sync(store.close())
 
 
-class TimeLimitError(Exception):
-    """Strikes at any instruction."""
-
-
 def hangs_up(url: str, servers: list[Redis], name: str) -> None:
     """Strike a call after its command was sent, and see that none of the servers keeps a connection of this name."""
     store = RedisStore(f"{url}?client_name={name}&max_connections=50")  # else some are kept that were not struck
@@ -204,6 +201,19 @@ def hangs_up(url: str, servers: list[Redis], name: str) -> None:
     wait_until(lambda: connections() == [], seconds=10, what="the connections to be closed")
     assert run_sync(store.take(request())) == MarkerTaken()
     run_sync(store.close())
+
+
+def test_the_number_of_a_database_is_sent_as_text(private_redis: Callable[..., RedisServer]) -> None:
+    """A time limit that strikes while hiredis makes text of a number crashes the process, and a reconnect sends one."""
+    server = private_redis()
+    for number, where in ((1, "/1"), (2, "/0?db=2")):
+        store = RedisStore(server.url.rpartition("/")[0] + where)
+        run_sync(store.take(request()))
+        [client] = store._connection._by_process.values()
+        assert client.redis.connection_pool.connection_kwargs["db"] == str(number)
+        run_sync(store.close())
+        with Redis(port=server.port, db=number) as database:
+            assert database.dbsize() == 1
 
 
 @pytest.mark.parametrize("options, keeps", [("", True), ("?protocol=3", False), ("?max_connections=9", False)])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 from redis import ConnectionPool, Redis, exceptions
 
 from idem_tasks.stores.redis_connections import KeptConnections
+from tests.integration.time_limits import TimeLimitError, time_limits
 from tests.services.redis_server import RedisServer
 from tests.services.waiting import wait_until
 
@@ -45,10 +46,6 @@ def ids(client: Redis, unique_name: str) -> Callable[[], list[str]]:
     return lambda: [each["id"] for each in client.client_list() if each["name"] == unique_name]
 
 
-class TimeLimitError(Exception):
-    pass
-
-
 def test_one_is_enough_for_one_thread(keep: Keep, ids: Callable[[], list[str]]) -> None:
     """Commands that follow one another share a connection, also when one of them was answered with an error."""
     kept = keep()
@@ -74,6 +71,22 @@ def test_threads_never_share_one(keep: Keep, ids: Callable[[], list[str]]) -> No
     with ThreadPoolExecutor(threads) as pool:
         assert all(pool.map(asks, range(threads)))
     assert 1 <= len(ids()) <= threads
+
+
+def test_one_may_close_while_others_call(keep: Keep, ids: Callable[[], list[str]]) -> None:
+    """Those in use are left to who uses them; no command fails, and none gets the reply to another."""
+    kept, threads = keep(), 4
+
+    def asks(number: int) -> bool:
+        return all(kept.execute_command("ECHO", b"%d %d" % (number, n)) == b"%d %d" % (number, n) for n in range(300))
+
+    with ThreadPoolExecutor(threads) as pool:
+        answers = [pool.submit(asks, number) for number in range(threads)]
+        while not all(answer.done() for answer in answers):
+            kept.close()
+        assert all(answer.result() for answer in answers)
+    kept.close()
+    wait_until(lambda: ids() == [], seconds=10, what="them to be closed")
 
 
 def test_a_connection_that_was_lost_is_made_anew(
@@ -145,23 +158,11 @@ def test_a_command_that_is_struck_before_its_reply(
     wait_until(lambda: struck not in ids(), seconds=10, what="it to be closed")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it strikes in a __del__ too
 def test_a_time_limit_may_strike_anywhere(keep: Keep) -> None:
     """At any instruction, a thousand times: each command gets its own reply."""
     kept = keep()
-
-    def strike(*_: object) -> None:
-        raise TimeLimitError
-
-    before = signal.signal(signal.SIGALRM, strike)
-    try:
+    with time_limits() as struck:
         for number in range(1000):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0.000005 + (number % 50) * 0.000003)
-                kept.execute_command("ECHO", b"struck %d" % number)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except TimeLimitError:
-                pass
+            struck(0.000005 + (number % 50) * 0.000003, partial(kept.execute_command, "ECHO", b"struck %d" % number))
             assert kept.execute_command("ECHO", b"%d" % number) == b"%d" % number
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -6,10 +6,10 @@ import asyncio
 import gc
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from idem_tasks.stores.base import MarkerTaken
 from idem_tasks.stores.redis import RedisStore
 from idem_tasks.stores.sql import SQLStore
 from idem_tasks.stores.tiered import TieredStore
+from tests.integration.time_limits import time_limits
 from tests.services.redis_server import RedisSentinel, RedisServer
 from tests.services.waiting import wait_until
 
@@ -347,6 +348,7 @@ def unmeasured() -> Iterator[None]:
 
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # struck in a finalizer
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it strikes in a __del__ too
 def test_an_interrupted_call_leaves_no_reply_for_the_next(redis_url: str) -> None:
     """A time limit that strikes between a command and its reply never makes the next key get that reply."""
     store = RedisStore(redis_url)
@@ -355,27 +357,11 @@ def test_an_interrupted_call_leaves_no_reply_for_the_next(redis_url: str) -> Non
         run_sync(store.take(mine))
         run_sync(store.publish(mine, Finished(DONE, mine.key, 60.0), 60.0))
 
-    def strike(*_: object) -> None:
-        raise TimeLimitError
-
-    before = signal.signal(signal.SIGALRM, strike)
-    try:
+    with time_limits() as struck:
         for number in range(1000):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0.00002 + (number % 50) * 0.000005)
-                check(store, number % 100)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except TimeLimitError:
-                pass
+            struck(0.00002 + (number % 50) * 0.000005, partial(check, store, number % 100))
             check(store, (number * 7) % 100)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
     run_sync(store.close())
-
-
-class TimeLimitError(Exception):
-    pass
 
 
 def check(store: RedisStore, number: int) -> None:
