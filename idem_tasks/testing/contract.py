@@ -697,8 +697,9 @@ class StoreContract(StoreSuite):
     @pytest.mark.parametrize("outcome", [DONE, DECLINED], ids=["completed", "failed"])
     def test_after_its_retention_a_key_is_granted_afresh(self, use: StoreInUse, outcome: EncodedOutcome) -> None:
         """When an outcome's retention is over, its key begins a new generation and its counts start again."""
-        use.release(use.granted(lease=SHORT, max_hold=SHORT, retention=SHORT), failed=True)
+        use.release(use.granted(), failed=True)
         first = self.ended(use, outcome=outcome)
+        assert (first.attempts, first.failures, first.generation) == (2, 1, 1)
         again = use.request()
         answer = use.driver.poll(partial(use.store.claim, again), lambda seen: not isinstance(seen, Finished))
         assert isinstance(answer, Granted)
