@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -28,9 +29,11 @@ def time_limits() -> Iterator[Struck]:
         except TimeLimitError:
             pass
 
-    before = signal.signal(signal.SIGALRM, strike)
+    before, tracer = signal.signal(signal.SIGALRM, strike), sys.gettrace()
+    sys.settrace(None)  # struck with its lock held, the tracer of coverage would wait for itself
     try:
         yield struck
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        sys.settrace(tracer)
