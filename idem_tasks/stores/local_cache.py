@@ -140,5 +140,5 @@ def _begin_again() -> None:
         cache._begin()  # noqa: SLF001 - of this module
 
 
-if hasattr(os, "register_at_fork"):  # pragma: no branch - it is everywhere but on Windows
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_again)

@@ -265,4 +265,5 @@ def _let_go_in_child() -> None:
         client.let_go()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)

@@ -15,9 +15,6 @@ class RedisServer(Server):
     programs = ("redis-server", "valkey-server", "/usr/local/bin/redis-server", "/opt/homebrew/bin/redis-server")
     mode: tuple[str, ...] = ()
 
-    def __init__(self, run: Run, **options: str | int) -> None:
-        super().__init__(run, **options)
-
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
@@ -134,7 +131,7 @@ class RedisCluster:
         self.replicas.append(replica)
         with primary.client() as known, replica.client() as client:
             name = known.cluster("MYID")
-            client.cluster("MEET", "127.0.0.1", primary.port)
+            self._meet(client, primary)
             wait_until(lambda: name in str(client.cluster("NODES")), seconds=20, what="the replica to know its primary")
             client.cluster("REPLICATE", name)
             wait_until(
@@ -161,16 +158,20 @@ class RedisCluster:
             self._run,
             databases=1,
             cluster_enabled="yes",
+            cluster_port=self._run.free_port(),  # by default 10,000 above the other, where anything may listen
             cluster_config_file="nodes.conf",
             cluster_node_timeout=2000,
         ).start()
+
+    def _meet(self, client: Redis, node: RedisServer) -> None:
+        client.cluster("MEET", "127.0.0.1", node.port, node.options["cluster_port"])
 
     def _join(self) -> None:
         clients = [node.client() for node in self.nodes]
         try:
             for number, client in enumerate(clients):
                 client.cluster("ADDSLOTS", *range(number, self.SLOTS, len(clients)))
-                client.cluster("MEET", "127.0.0.1", self.nodes[0].port)
+                self._meet(client, self.nodes[0])
             wait_until(
                 lambda: all(client.cluster("INFO")["cluster_state"] == "ok" for client in clients),
                 seconds=20,
