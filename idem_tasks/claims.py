@@ -447,12 +447,12 @@ class Claim:
         *,
         asked_at: float,
         outgoing: Callable[[Lease], Outgoing] | None = None,
-        finish_in: Callable[[Claim, Any, Any], None] | None = None,
+        finish_in: Callable[[Claim, Any, Any], None] = lambda *_: None,
     ) -> None:
         """`asked_at` is `deadline_clock()` before the claim was sent: its lease cannot have begun earlier.
 
         `outgoing` makes what keeps its messages, once there is one. `finish_in` does what the method of that name is
-        for, given the claim too; None: it does nothing.
+        for, given the claim too.
         """
         self.lease = lease
         self._make_outgoing = outgoing
@@ -535,8 +535,7 @@ class Claim:
         of what was written here fails with `ConfigurationError`. Where nothing is recorded (disabled, in shadow) it
         does nothing.
         """
-        if self._finish_in is not None:
-            self._finish_in(self, connection, value)
+        self._finish_in(self, connection, value)
 
     @property
     def fencing_token(self) -> int:

@@ -135,10 +135,9 @@ class Prepared:
             return None
         if self._conversions is None:
             self._conversions = self._conversions_of(cursor.description)
-        if self._conversions:
-            values = list(values)
-            for index, convert in self._conversions:
-                values[index] = convert(values[index])
+        values = list(values)
+        for index, convert in self._conversions:
+            values[index] = convert(values[index])
         return self._make_row(values)
 
     def _conversions_of(self, description: Sequence[Sequence[Any]]) -> list[tuple[int, Convert]]:

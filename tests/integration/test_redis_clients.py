@@ -203,6 +203,26 @@ def hangs_up(url: str, servers: list[Redis], name: str) -> None:
     run_sync(store.close())
 
 
+def test_a_call_that_is_cancelled_before_its_reply(private_redis: Callable[..., RedisServer]) -> None:
+    """Its connection is closed: the next call gets the reply to its own command."""
+    server = private_redis()
+
+    async def main() -> None:
+        store = RedisStore(server.url).on("asyncio", Announcer([]))
+        assert await store.take(request("before")) == MarkerTaken()
+        server.pause()
+        calling = asyncio.ensure_future(store.take(request("before")))
+        await asyncio.sleep(0.05)  # until it waits for the reply, of which nothing tells
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        server.resume()
+        assert await store.take(request("after")) == MarkerTaken()
+        await store.close()
+
+    asyncio.run(main())
+
+
 def test_the_number_of_a_database_is_sent_as_text(private_redis: Callable[..., RedisServer]) -> None:
     """A time limit that strikes while hiredis makes text of a number crashes the process, and a reconnect sends one."""
     server = private_redis()

@@ -125,6 +125,18 @@ def test_a_server_that_is_gone(private_redis: Callable[..., RedisServer], keep: 
     assert kept.execute_command("ECHO", b"back") == b"back"
 
 
+def test_a_server_that_dies_with_a_command(private_redis: Callable[..., RedisServer], keep: Keep) -> None:
+    """It is tried once more, as by redis-py, and then its caller is told."""
+    server = private_redis()
+    kept = keep(server.url)
+    with ThreadPoolExecutor(1) as pool, server.client() as client:
+        waiting = pool.submit(kept.execute_command, "BLPOP", "nothing", 30)
+        wait_until(lambda: client.info("clients")["blocked_clients"] == 1, seconds=10, what="it to wait")
+        server.kill()
+        with pytest.raises(exceptions.ConnectionError):
+            waiting.result(10)
+
+
 def test_a_reply_that_comes_too_late(private_redis: Callable[..., RedisServer], keep: Keep) -> None:
     """It is not waited for twice, and it is not the next command's."""
     server = private_redis()

@@ -584,6 +584,18 @@ def test_a_new_file_is_not_waited_for_for_ever(sqlite_url: str, monkeypatch: pyt
     run_sync(store.close())
 
 
+def test_a_relay_finds_nothing_while_others_write(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in which another process writes for long is no failure of a relay, which comes again."""
+    monkeypatch.setattr(sql_urls, "SQLITE_BUSY_TIMEOUT", 0.05)
+    store = SQLStore(sqlite_url, create_schema=True)
+    run_sync(store.prepare())
+    other = sqlite3.connect(make_url(sqlite_url).database or "", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert run_sync(store.outbox.take("relay", lease=60.0, limit=10)) == []
+    other.close()
+    run_sync(store.close())
+
+
 def kill(admin: Connection, number: int, error: Exception) -> NoReturn:
     admin.execute(text(f"KILL {number}"))
     raise error

@@ -396,6 +396,16 @@ def test_what_a_later_try_finds_recorded_is_asked_for(world: World) -> None:
     assert asked(world, lambda: charge("A-1")) == []
 
 
+def test_what_a_batchs_later_try_finds_recorded_is_asked_for(world: World) -> None:
+    """As with one message."""
+    ship = shipping(batching(world))
+    world.record_tier.after("finish_batch", away())
+    assert ship(messages("A-1", "A-2")) == ["shipped A-1", "shipped A-2"]
+    assert asked(world, lambda: ship(messages("A-1", "A-2"))) != []
+    assert asked(world, lambda: ship(messages("A-1", "A-2"))) == []
+    assert world.effects == ["A-1", "A-2"]
+
+
 def test_no_more_doubts_are_kept_than_outcomes(world: World) -> None:
     """A store that is away for long costs no memory."""
     cache = LocalCache(SIZE, 60.0, world.local)

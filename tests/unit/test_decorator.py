@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session, sessionmaker
 
 import idem_tasks
 from idem_tasks import (
@@ -18,6 +19,8 @@ from idem_tasks import (
     IdempotentFunction,
     MemoryStore,
     Policy,
+    Store,
+    TieredStore,
     config,
     configure,
     current_claim,
@@ -27,6 +30,7 @@ from idem_tasks import (
 )
 from idem_tasks.claims import State
 from idem_tasks.errors import ConfigurationError, InvalidKeyError
+from idem_tasks.stores.memory_marker import MemoryMarker
 
 idem = Idempotency(store=MemoryStore(), observers=[])
 
@@ -402,6 +406,20 @@ def test_the_default_scope_is_the_functions_name() -> None:
         return current_claim().scope
 
     assert charge("A-1").endswith("test_the_default_scope_is_the_functions_name.<locals>.charge")
+
+
+@pytest.mark.parametrize("store", [MemoryStore(), TieredStore(MemoryMarker(), MemoryStore())])
+def test_a_session_needs_records_in_sql(store: Store) -> None:
+    """The first call says so, and the handler does not run: its writes and its outcome could not be one commit."""
+    runs: list[str] = []
+
+    @task(session=sessionmaker(), idempotency=Idempotency(store=store, observers=[]))
+    def charge(order: str, session: Session) -> None:
+        runs.append(order)
+
+    with pytest.raises(ConfigurationError, match="session= needs records in SQL"):
+        charge("A-1")
+    assert runs == []
 
 
 # idempotency_of.

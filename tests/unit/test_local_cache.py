@@ -88,6 +88,12 @@ def test_it_lasts_as_long_as_the_shortest(
     assert len(cache) == 0
 
 
+def test_what_has_no_time_left_is_not_kept(cache: LocalCache) -> None:
+    """Its retention was over when it was answered."""
+    keep(cache, answer=finished(expires_in=0.0))
+    assert (cache.answer(request()), len(cache)) == (None, 0)
+
+
 def test_a_large_outcome_is_not_kept(cache: LocalCache) -> None:
     """So that as many as there may be are no more bytes than the documents say."""
     keep(cache, "fits", finished(b"x" * LARGEST))
@@ -206,7 +212,9 @@ def test_a_forked_child_begins_with_an_empty_one(cache: LocalCache) -> None:
     assert cache.answer(request()) is not None
 
 
-@pytest.mark.parametrize("size, ttl", [(-1, TTL), (True, TTL), (1.5, TTL), (1, -1), (1, "60"), (1, float("inf"))])
+@pytest.mark.parametrize(
+    "size, ttl", [(-1, TTL), (True, TTL), (1.5, TTL), (1, -1), (1, 0), (1, "60"), (1, float("inf"))]
+)
 def test_bounds_that_are_none_are_refused(size: Any, ttl: Any) -> None:
     """When it is made, not when it is full."""
     with pytest.raises(ConfigurationError, match="local_cache"):

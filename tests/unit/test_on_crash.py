@@ -159,6 +159,12 @@ def test_a_failure_can_be_told_by_an_exception() -> None:
     assert failure.error_message == "card expired"
 
 
+def test_an_outcome_shows_no_payload() -> None:
+    """In a log it says what kind it is of, and neither the value nor the message."""
+    assert repr(Outcome("4242 4242")) == "<Outcome>"
+    assert repr(Outcome.failed("bank.Declined", "4242 4242")) == "<Outcome failed bank.Declined>"
+
+
 @pytest.mark.parametrize("value", [None, 0, False, "", []])
 def test_an_outcome_that_is_false_is_an_outcome(world: World, value: Any) -> None:
     """Nothing takes an empty outcome for none (F28)."""

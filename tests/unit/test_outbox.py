@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -29,6 +30,8 @@ from idem_tasks import (
     current_claim,
     outbox,
 )
+from idem_tasks.integrations.celery_outbox import CelerySender
+from idem_tasks.outbox import Senders
 from idem_tasks.stores.base import outbox_of
 from idem_tasks.stores.memory_marker import MemoryMarker
 from idem_tasks.stores.schema import SENDER_CHARACTERS
@@ -394,6 +397,41 @@ def test_a_shutdown_while_it_sends_settles_what_was_sent(
     assert idem.relay() == RelayReport(sent=left, failed=0, left=0)
 
 
+def test_a_shutdown_that_a_sender_makes_an_error_of_is_no_failure(
+    idem: Idempotency, post: Post, clock: ManualClock
+) -> None:
+    """As drivers do with what strikes them: it ends the sending, and the message, perhaps sent, waits for the lease."""
+
+    def is_down(message: OutboxMessage) -> bool:
+        if message.number == 1:
+            raise OSError("interrupted") from SystemExit()
+        return False
+
+    post.is_down = is_down
+    with pytest.raises(OSError, match="interrupted"):
+        run(idem, publish, "a", "b", "c")
+    post.is_down = lambda _message: False
+    assert idem.relay() == RelayReport(sent=0, failed=0, left=2)
+    clock.advance(61)
+    assert idem.relay() == RelayReport(sent=2, failed=0, left=0)
+
+
+def test_a_shutdown_while_a_body_is_written_is_raised(
+    idem: Idempotency, post: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no fault of the body's, and nothing of the message is kept."""
+
+    def strike(_message: object) -> bytes:
+        raise OSError("interrupted") from SystemExit()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("idem_tasks.outbox._encode", strike)
+        with pytest.raises(OSError, match="interrupted"):
+            run(idem, publish, "a")
+    assert run(idem, publish, "b") == "done"
+    assert post.bodies == ["b"]
+
+
 def test_a_handler_that_published_nothing_publishes_nothing_after_its_end(idem: Idempotency, post: Post) -> None:
     """A thread that it left behind hears that its message would never be sent."""
     claims: list[Claim] = []
@@ -545,15 +583,31 @@ def test_a_sender_has_a_name_that_can_be_kept(name: str) -> None:
         Idempotency(store=MemoryStore(), senders={name: print})
 
 
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_what_is_no_task_is_refused(idem: Idempotency, monkeypatch: pytest.MonkeyPatch, is_loaded: bool) -> None:
+    """Also in a process that never imported Celery, and without importing it."""
+    if not is_loaded:
+        monkeypatch.delitem(sys.modules, "celery", raising=False)
+    with pytest.raises(ConfigurationError, match="Celery task or signature, not function"):
+        run(idem, lambda: current_claim().publish(publish))
+    assert ("celery" in sys.modules) == is_loaded
+
+
+def test_a_relay_sends_to_celery_without_being_told() -> None:
+    """The sender of tasks needs no name of the user's, and is made once."""
+    senders = Senders()
+    sender = senders.named("celery")
+    assert type(sender) is CelerySender
+    assert senders.named("celery") is sender
+
+
 def test_wrong_use_is_refused(idem: Idempotency) -> None:
-    """An unknown sender, a task that is none, a coroutine as sender, a limit of nothing."""
+    """An unknown sender, a coroutine as sender, a limit of nothing."""
 
     async def sender(message: OutboxMessage) -> None: ...
 
     with pytest.raises(ConfigurationError, match="no sender is called 'sms'; known: mail"):
         run(idem, lambda: current_claim().publish_message({}, to="sms"))
-    with pytest.raises(ConfigurationError, match="Celery task or signature, not function"):
-        run(idem, lambda: current_claim().publish(publish))
     with pytest.raises(ConfigurationError, match="plain function"):
         Idempotency(store=MemoryStore(), senders={"mail": sender})  # type: ignore[dict-item]
     with pytest.raises(ConfigurationError, match="limit=0"):

@@ -8,7 +8,7 @@ from sqlalchemy import QueuePool, create_engine, exc
 from idem_tasks.errors import InProgressError, StoreError, StoreUnavailableError
 from idem_tasks.runtime import run_sync
 from idem_tasks.stores.sql import SQLStore
-from idem_tasks.stores.sql_errors import Fault, error_for, fault_of
+from idem_tasks.stores.sql_errors import Fault, error_for, fault_of, is_conflict
 
 COMES_AGAIN = {Fault.UNAVAILABLE, Fault.POOL_EXHAUSTED, Fault.LOCKED, Fault.CONFLICT}
 
@@ -28,6 +28,13 @@ def test_whose_error_it_is() -> None:
     assert fault_of(ValueError("a bug")) is None
     assert fault_of(exc.InvalidRequestError("a bug of ours")) is Fault.OTHER
     assert fault_of(OSError(111, "refused")) is Fault.UNAVAILABLE
+
+
+def test_a_chain_of_errors_that_bites_its_tail_is_no_conflict() -> None:
+    """An error that is its own cause, as some libraries make them, is looked through once and no more."""
+    first, second = ValueError(), ValueError()
+    first.__cause__, second.__cause__ = second, first
+    assert not is_conflict(first)
 
 
 def test_a_pool_without_a_free_connection_is_unavailable(sqlite_url: str) -> None:

@@ -168,6 +168,25 @@ def test_called_twice_in_a_transaction_it_says_so(seller: Seller, connect: Conne
     assert (seller.orders(), seller.state()) == (0, State.RELEASED)
 
 
+class TracedConnection(sqlite3.Connection):
+    """A driver's connection as those who watch it wrap it."""
+
+
+@pytest.mark.parametrize("url", ["sqlite_url"], indirect=True)
+def test_a_subclass_of_a_drivers_connection_is_one(seller: Seller) -> None:
+    """Wherever the class was defined."""
+
+    def handler(name: str) -> None:
+        file = make_url(seller.url).database
+        with contextlib.closing(sqlite3.connect(str(file), factory=TracedConnection)) as connection:
+            write(connection, name)
+            current_claim().finish_in(connection, f"ordered {name}")
+            connection.commit()
+
+    assert seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1") == "ordered A-1"
+    assert (seller.orders(), seller.state()) == (1, State.COMPLETED)
+
+
 @pytest.mark.parametrize("url", ["sqlite_url"], indirect=True)
 def test_no_other_object_is_taken_for_a_connection(seller: Seller) -> None:
     """A cursor, say: it is refused, and its handler fails."""
