@@ -131,7 +131,7 @@ class RedisCluster:
         self.replicas.append(replica)
         with primary.client() as known, replica.client() as client:
             name = known.cluster("MYID")
-            self._meet(client, primary)
+            client.cluster("MEET", "127.0.0.1", primary.port)
             wait_until(lambda: name in str(client.cluster("NODES")), seconds=20, what="the replica to know its primary")
             client.cluster("REPLICATE", name)
             wait_until(
@@ -158,20 +158,16 @@ class RedisCluster:
             self._run,
             databases=1,
             cluster_enabled="yes",
-            cluster_port=self._run.free_port(),  # by default 10,000 above the other, where anything may listen
             cluster_config_file="nodes.conf",
             cluster_node_timeout=2000,
         ).start()
-
-    def _meet(self, client: Redis, node: RedisServer) -> None:
-        client.cluster("MEET", "127.0.0.1", node.port, node.options["cluster_port"])
 
     def _join(self) -> None:
         clients = [node.client() for node in self.nodes]
         try:
             for number, client in enumerate(clients):
                 client.cluster("ADDSLOTS", *range(number, self.SLOTS, len(clients)))
-                self._meet(client, self.nodes[0])
+                client.cluster("MEET", "127.0.0.1", self.nodes[0].port)
             wait_until(
                 lambda: all(client.cluster("INFO")["cluster_state"] == "ok" for client in clients),
                 seconds=20,

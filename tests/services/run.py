@@ -17,8 +17,9 @@ from tests.services import reaper
 
 # Below the range that Linux (32768) and macOS (49152) take the ports of outgoing connections from. A client that
 # retries a stopped server's port inside that range can connect to itself, and the server then cannot have it back.
-# The nodes of a Redis Cluster also take the port 10000 higher, which is why the range is no wider.
+# The range is no wider because the nodes of a Redis Cluster take the port that is 10000 higher, too.
 PORTS = range(11000, 21000)
+CLUSTER_OFFSET = 10000
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -65,11 +66,12 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
 
     def free_port(self) -> int:
-        """A port that nothing on this machine listens on and that no other process of this run was given."""
+        """A port that no process of this run was given, and on which nothing listens, nor on its cluster bus."""
         for port in random.SystemRandom().sample(PORTS, k=200):  # two runs may have one seed
-            with socket.socket() as probe:
+            with socket.socket() as probe, socket.socket() as cluster_probe:
                 try:
                     probe.bind(("127.0.0.1", port))
+                    cluster_probe.bind(("127.0.0.1", port + CLUSTER_OFFSET))
                     (self.folder / "ports" / str(port)).touch(exist_ok=False)
                 except OSError:  # taken: FileExistsError is one too
                     continue
