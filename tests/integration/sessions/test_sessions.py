@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +40,28 @@ def on(what: str, do: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         event.remove(Listened, what, do)
+
+
+@contextlib.contextmanager
+def struck_within_sqlalchemy(seller: Seller, after: str) -> Iterator[None]:
+    """Let a soft limit strike once, in the first statement after this event: there SQLAlchemy wraps what is raised."""
+    plan: list[BaseException] = [SoftLimitError()]
+    strikes: list[BaseException] = []
+
+    class Traced(sqlite3.Connection):
+        def cursor(self, *args: Any, **kwargs: Any) -> Any:
+            if strikes:
+                raise strikes.pop()
+            return super().cursor(*args, **kwargs)
+
+    def arm(*_: object) -> None:
+        strikes.extend(plan)
+        plan.clear()
+
+    seller.sessions = seller.sessionmaker(seller.new_engine(connect_args={"factory": Traced}))
+    with on(after, arm):
+        yield
+    assert (plan, strikes) == ([], [])
 
 
 # Together
@@ -420,6 +443,19 @@ def test_a_soft_limit_at_the_end_leaves_both_or_nothing(
     else:
         with pytest.raises(InDoubtError):
             task("A-1")
+
+
+@pytest.mark.parametrize("driver", ["blocking"], indirect=True)
+@pytest.mark.parametrize("url", ["sqlite_url"], indirect=True)
+def test_a_soft_limit_that_sqlalchemy_wraps_at_the_end_comes_out_as_itself(seller: Seller) -> None:
+    """It is neither taken for a fault of the database nor for a failure of the handler: nothing is there."""
+    with struck_within_sqlalchemy(seller, "before_flush"):
+        task = seller.task(order)
+        with pytest.raises(SoftLimitError):
+            task("A-1")
+        assert (seller.orders(), seller.state()) == (0, State.RELEASED)
+        assert task("A-1") == "ordered A-1"
+    assert seller.orders() == 1
 
 
 @pytest.mark.parametrize("what", ["before_flush", "after_flush", "before_commit", "after_commit"])
