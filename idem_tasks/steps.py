@@ -103,7 +103,7 @@ class Steps:
             yield
         finally:
             # Not a lock: one that an interruption took and never gave back would refuse every later step.
-            if self._turns.get("step") is turn:
+            if self._turns.get("step") is turn:  # pragma: no branch - what is refused leaves by its exception
                 del self._turns["step"]
 
 

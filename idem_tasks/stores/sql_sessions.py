@@ -143,8 +143,8 @@ class UnfencedTransaction:
             await self._do(Session.invalidate if throw_away else _roll_back)
 
     async def look(self) -> Recorded | Finished | Lost | None:
-        """Return None: there is no record to look at."""
-        return None
+        """Tell what became of the commit."""
+        raise NotImplementedError  # nobody asks: without a record nothing says so, and a commit that failed is raised
 
     async def close(self) -> None:
         """End the session, if it was made here."""
@@ -225,8 +225,10 @@ class GuardedTransaction(UnfencedTransaction):
                 raise autocommit()
             self._guard(connection)
         except SQLAlchemyError as error:
-            if interruption_in(error, before) is not None:
-                raise
+            struck = interruption_in(error, before)
+            if struck is not None:
+                # SQLAlchemy wraps what strikes within it: as itself, or a framework would not know its own time limit.
+                raise struck from None
             fault = sql_errors.fault_of(error)
             if fault in _UNSEEN:
                 return False, _shown(session.get_bind(clause=self._table))
@@ -351,8 +353,9 @@ class GuardedTransaction(UnfencedTransaction):
             self.may_be_committed = True
             session.commit()
         except SQLAlchemyError as error:
-            if interruption_in(error, before) is not None:
-                raise
+            struck = interruption_in(error, before)
+            if struck is not None:
+                raise struck from None
             if sql_errors.is_aborted(error):
                 raise _swallowed() from error
             if sql_errors.fault_of(error) is not Fault.UNAVAILABLE:

@@ -69,7 +69,7 @@ def _at(lease: Lease, position: int, name: str) -> dict[str, Any]:
 def _write(steps: StepStatements, connection: Connection, statement: Insert, values: dict[str, Any]) -> AnyRow | None:
     """Return the step as it stands now; None where the fence was missed."""
     result = connection.execute(statement, values)
-    if not result.returns_rows:  # MySQL
+    if not result.returns_rows:  # pragma: no cover - MySQL
         result = connection.execute(steps.read, values)
     return result.one_or_none()
 

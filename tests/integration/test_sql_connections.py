@@ -185,6 +185,30 @@ def test_a_forked_child_leaves_its_parents_sqlite_alone(sqlite_url: str) -> None
         driver(use.store.close())
 
 
+@pytest.mark.parametrize("url", SERVERS, indirect=True)
+def test_a_forked_child_leaves_a_given_engine_alone(url: str) -> None:
+    """The child has a connection of its own on the same engine, and its parent goes on with the one it had."""
+    engine = create_engine(url)
+    store = SQLStore(engine, create_schema=True).on("blocking", Announcer(()))
+
+    def number_of_connection() -> int:
+        assert run_sync(store.get("scope", "key")) is None
+        with engine.connect() as connection:
+            asks = "SELECT pg_backend_pid()" if url.startswith("postgres") else "SELECT CONNECTION_ID()"
+            return int(connection.scalar(text(asks)) or 0)
+
+    def in_the_child() -> None:
+        assert number_of_connection() != parents
+
+    parents = number_of_connection()
+    child = multiprocessing.get_context("fork").Process(target=in_the_child)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert number_of_connection() == parents
+    engine.dispose()
+
+
 def test_a_forked_child_leaves_a_given_asyncio_engine_alone(postgres_url: str) -> None:
     """The child has connections of its own, and its parent goes on with the ones that it had (F27)."""
 

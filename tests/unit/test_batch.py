@@ -784,6 +784,19 @@ def test_a_cancellation_waits_for_all_outcomes(monkeypatch: pytest.MonkeyPatch) 
             assert [world.state(key) for key in "AB"] == [State.COMPLETED, State.COMPLETED]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_soft_limit_among_the_outcomes_waits_for_all_of_them(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Struck while they are written one by one, the call ends once all are recorded, and the next one runs nothing."""
+    with world_on(monkeypatch, "blocking", 1) as world:
+        ship = shipping(one_at_a_time(world))
+        getattr(world.record_tier, when)("finish", lambda: None, SoftLimitError())
+        with pytest.raises(SoftLimitError):
+            ship(messages("A", "B", "C"))
+        assert ([world.state(key) for key in "ABC"], world.held()) == ([State.COMPLETED] * 3, 0)
+        assert ship(messages("A", "B", "C")) == ["shipped A", "shipped B", "shipped C"]
+        assert world.effects == ["A", "B", "C"]
+
+
 def test_a_coroutine_that_is_dropped_leaves_its_claims_to_their_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     """After GeneratorExit nothing can be awaited: the claims are renewed no more, and nothing else is done."""
     with world_on(monkeypatch, "asyncio", 1) as world:

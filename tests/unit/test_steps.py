@@ -469,6 +469,24 @@ def test_a_superseded_step_is_not_taken_for_recorded(world: World, shop: Shop) -
     assert shop.effects == ["charge"]
 
 
+def test_a_superseded_handler_with_other_steps_parks_nothing(world: World, shop: Shop) -> None:
+    """The record is another's, who is at work on it: the message comes again, and no person is called for (F1)."""
+    names = ["charge"]
+
+    def body(order: str) -> Generator[tuple[Any, ...], Any, Any]:
+        yield names[0], shop.charge, order
+        raise BrokenError
+
+    task = stepping(world, body)
+    with pytest.raises(BrokenError):
+        task("A-1")
+    names[0] = "refund"
+    world.record_tier.before("release", world.take_over)
+    with pytest.raises(LeaseLostError):
+        task("A-1")
+    assert (shop.effects, world.state(), world.count(EventName.PARKED)) == (["charge"], State.RUNNING, 0)
+
+
 def test_the_first_outcome_is_everybodys(world: World, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one is there already, as after a reply that was lost, the handler gets that one."""
     journal: Any = world.real.finish_step

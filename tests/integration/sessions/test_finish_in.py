@@ -12,6 +12,7 @@ import psycopg
 import pymysql
 import pytest
 from sqlalchemy import make_url
+from sqlalchemy.orm import Session
 
 from idem_tasks import Policy, RedisStore, SQLStore, TieredStore, current_claim
 from idem_tasks.claims import State
@@ -198,6 +199,38 @@ def test_no_other_object_is_taken_for_a_connection(seller: Seller) -> None:
         seller.idem.run(handler, scope=SCOPE, key="A-1")
 
 
+def test_a_handler_with_a_session_is_refused(seller: Seller, connect: Connect) -> None:
+    """Its session's commit records the outcome: rows of another connection would not be part of that."""
+
+    def body(name: str, session: Session) -> str:
+        session.rollback()  # SQLite has one lock for writing
+        with contextlib.closing(connect()) as connection:
+            write(connection, name)
+            current_claim().finish_in(connection, name)
+            connection.commit()
+        return name
+
+    with pytest.raises(ConfigurationError, match="for a handler without session="):
+        seller.task(body)("A-1")
+    assert (seller.orders(), seller.state()) == (0, State.RELEASED)
+
+
+@pytest.mark.parametrize("policy", [Policy(shadow=True), Policy(enabled=False)], ids=["shadow", "disabled"])
+def test_where_nothing_is_recorded_it_does_nothing(seller: Seller, connect: Connect, policy: Policy) -> None:
+    """The handler commits its own rows, for duplicates too, and what it returns is returned."""
+
+    def handler(name: str) -> str:
+        with contextlib.closing(connect()) as connection:
+            write(connection, name)
+            current_claim().finish_in(connection, "not this")
+            connection.commit()
+        return f"ordered {name}"
+
+    for _ in range(2):
+        assert seller.idem.run(handler, "A-1", scope=SCOPE, key="A-1", policy=policy) == "ordered A-1"
+    assert seller.orders() == 2
+
+
 @pytest.mark.parametrize("commits", [True, False])
 def test_in_a_block(seller: Seller, connect: Connect, commits: bool) -> None:
     """`with idem.claim(...)` has the value that was committed as its outcome, or is released."""
@@ -305,6 +338,27 @@ def test_the_marker_follows(seller: Seller, connect: Connect, redis_url: str) ->
         with tiered.engine.begin() as connection:
             connection.exec_driver_sql("UPDATE idem_tasks_records SET outcome = '\"not read\"'")
         assert tiered.idem.run(handler, "A-1", scope=SCOPE, key="A-1") == "A-1"
+
+
+@pytest.mark.parametrize("url", ["postgres_url"], indirect=True)
+def test_no_marker_answers_with_what_was_rolled_back(seller: Seller, connect: Connect, redis_url: str) -> None:
+    """With Redis in front too: it fails its handler, and the next delivery runs."""
+    store = TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(seller.url))
+    ran: list[str] = []
+
+    def handler(name: str) -> None:
+        ran.append(name)
+        with contextlib.closing(connect()) as connection:
+            write(connection, name)
+            current_claim().finish_in(connection, f"ordered {len(ran)}")
+            connection.rollback() if len(ran) == 1 else connection.commit()
+
+    with Driver("blocking") as driver, Seller(driver, seller.url, store) as tiered:
+        with pytest.raises(ConfigurationError, match="was rolled back"):
+            tiered.idem.run(handler, "A-1", scope=SCOPE, key="A-1")
+        for _ in range(2):
+            assert tiered.idem.run(handler, "A-1", scope=SCOPE, key="A-1") == "ordered 2"
+    assert (len(ran), seller.orders()) == (2, 1)
 
 
 def test_a_step_neither_ends_the_handler_nor_comes_after_its_end(seller: Seller, connect: Connect) -> None:

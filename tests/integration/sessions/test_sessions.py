@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +40,28 @@ def on(what: str, do: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         event.remove(Listened, what, do)
+
+
+@contextlib.contextmanager
+def struck_within_sqlalchemy(seller: Seller, after: str) -> Iterator[None]:
+    """Let a soft limit strike once, in the first statement after this event: there SQLAlchemy wraps what is raised."""
+    plan: list[BaseException] = [SoftLimitError()]
+    strikes: list[BaseException] = []
+
+    class Traced(sqlite3.Connection):
+        def cursor(self, *args: Any, **kwargs: Any) -> Any:
+            if strikes:
+                raise strikes.pop()
+            return super().cursor(*args, **kwargs)
+
+    def arm(*_: object) -> None:
+        strikes.extend(plan)
+        plan.clear()
+
+    seller.sessions = seller.sessionmaker(seller.new_engine(connect_args={"factory": Traced}))
+    with on(after, arm):
+        yield
+    assert (plan, strikes) == ([], [])
 
 
 # Together
@@ -396,6 +419,22 @@ def test_in_shadow_and_disabled_the_rows_are_committed_all_the_same(seller: Sell
     assert seller.orders() == 2
 
 
+@pytest.mark.parametrize("policy", [{"shadow": True}, {"enabled": False}])
+def test_in_shadow_and_disabled_a_session_that_cannot_be_made_runs_nothing(
+    seller: Seller, policy: dict[str, bool]
+) -> None:
+    """What the maker of sessions raises comes out as it is, and the next delivery runs."""
+    ran: list[str] = []
+
+    def broken() -> Any:
+        raise LookupError("no session")
+
+    with pytest.raises(LookupError, match="no session"):
+        seller.task(lambda name, _session: ran.append(name), session=broken, **policy)("A-1")
+    assert (ran, seller.state()) == ([], State.RELEASED if "shadow" in policy else None)
+    assert seller.task(order, **policy)("A-1") == "ordered A-1"
+
+
 # Interruptions, and a reply that is lost
 
 
@@ -420,6 +459,19 @@ def test_a_soft_limit_at_the_end_leaves_both_or_nothing(
     else:
         with pytest.raises(InDoubtError):
             task("A-1")
+
+
+@pytest.mark.parametrize("driver", ["blocking"], indirect=True)
+@pytest.mark.parametrize("url", ["sqlite_url"], indirect=True)
+def test_a_soft_limit_that_sqlalchemy_wraps_at_the_end_comes_out_as_itself(seller: Seller) -> None:
+    """It is neither taken for a fault of the database nor for a failure of the handler: nothing is there."""
+    with struck_within_sqlalchemy(seller, "before_flush"):
+        task = seller.task(order)
+        with pytest.raises(SoftLimitError):
+            task("A-1")
+        assert (seller.orders(), seller.state()) == (0, State.RELEASED)
+        assert task("A-1") == "ordered A-1"
+    assert seller.orders() == 1
 
 
 @pytest.mark.parametrize("what", ["before_flush", "after_flush", "before_commit", "after_commit"])
@@ -451,6 +503,41 @@ def test_a_loop_that_ends_at_the_end_leaves_both_or_nothing(seller: Seller, what
     with on(what, cancel), pytest.raises(asyncio.CancelledError):
         task("A-1")
     assert (seller.orders(), seller.state()) in ((1, State.COMPLETED), (0, State.RELEASED))
+    assert task("A-1") == "ordered A-1"
+    assert seller.orders() == 1
+
+
+@pytest.mark.parametrize("driver", ["asyncio"], indirect=True)
+def test_a_commit_that_alone_was_cancelled_before_it_was_sent_brings_the_message_back(seller: Seller) -> None:
+    """Nobody cancelled the call, so it says that nothing is committed, and it does not commit what is left (F59)."""
+    strikes = ["once"]
+
+    def cancel(*_: object) -> None:
+        if strikes:
+            strikes.pop()
+            own = asyncio.current_task()
+            assert own is not None
+            own.cancel()
+
+    task = seller.task(order)
+    with on("after_flush", cancel), pytest.raises(StoreUnavailableError, match="before anything was committed"):
+        task("A-1")
+    assert (strikes, seller.orders(), seller.state()) == ([], 0, State.RELEASED)
+    assert task("A-1") == "ordered A-1"
+    assert seller.orders() == 1
+
+
+def test_a_listener_that_raises_after_the_commit_undoes_nothing(seller: Seller) -> None:
+    """Its exception is the call's, and the outcome stands with the rows: the next delivery gets it."""
+
+    def broken(*_: object) -> None:
+        raise LookupError("after the commit")
+
+    task = seller.task(order)
+    with on("after_commit", broken), pytest.raises(LookupError, match="after the commit"):
+        task("A-1")
+    assert (seller.orders(), seller.state()) == (1, State.COMPLETED)
+    assert seller.names() == [EventName.GRANTED, EventName.COMPLETED]
     assert task("A-1") == "ordered A-1"
     assert seller.orders() == 1
 

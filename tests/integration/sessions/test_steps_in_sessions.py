@@ -8,9 +8,21 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
-from idem_tasks import ConfigurationError, State, current_claim, idempotent_task
+from idem_tasks import (
+    ConfigurationError,
+    RedisStore,
+    SQLStore,
+    State,
+    TieredStore,
+    current_claim,
+    idempotent_task,
+)
+from idem_tasks.testing import Driver
+from idem_tasks.testing.driver import PATIENCE
 from tests.integration.sessions.seller import SCOPE, Order, Seller
+from tests.integration.sessions.test_sessions import on
 
 on_servers = pytest.mark.parametrize("url", ["postgres_url", "mariadb_url"], indirect=True)
 
@@ -80,6 +92,33 @@ def test_a_step_is_kept_though_the_transaction_is_undone(seller: Seller) -> None
     assert seller.orders() == 0
     assert task("A-1") == "receipt 1"
     assert (effects, seller.orders()) == (["charged"], 1)
+
+
+@on_servers
+def test_a_step_is_kept_behind_a_marker(driver: Driver, url: str, redis_url: str) -> None:
+    """With Redis in front it is the record's transaction all the same: a step is replayed, and keeps off."""
+    store = TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(url, create_schema=True))
+    effects: list[str] = []
+    failures = [BrokenError()]
+
+    def fail() -> None:
+        if failures:
+            raise failures.pop()
+
+    def effect() -> str:
+        effects.append("charged")
+        return f"receipt {len(effects)}"
+
+    used: list[Session] = []
+    with Seller(driver, url, store) as seller, on("after_begin", lambda session, *_: used.append(session)):
+        task = handler(seller, effect, fail)
+        with pytest.raises(BrokenError):
+            task("A-1")
+        assert [task("A-1"), task("A-1")] == ["receipt 1"] * 2
+        assert (effects, seller.orders()) == (["charged"], 1)
+        with pytest.raises(ConfigurationError, match="must not use the session"):
+            handler(seller, lambda: used[-1].add(Order(name="in a step")))("A-2")
+        assert (seller.orders(), seller.state("A-2")) == (1, State.RELEASED)
 
 
 @on_servers

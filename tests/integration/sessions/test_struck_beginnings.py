@@ -19,7 +19,7 @@ from idem_tasks.errors import StoreUnavailableError
 from idem_tasks.events import EventName
 from idem_tasks.testing import Driver
 from tests.integration.sessions.seller import Seller, order
-from tests.integration.sessions.test_sessions import SERVERS, SoftLimitError, on
+from tests.integration.sessions.test_sessions import SERVERS, SoftLimitError, on, struck_within_sqlalchemy
 
 
 class Framework:
@@ -83,6 +83,14 @@ def test_an_interruption_as_it_is_begun_gives_the_claim_back(
     with on("after_begin", strike):
         sees_it_come_again(seller, struck, has_host=has_host)
     assert strikes == []
+
+
+@pytest.mark.parametrize("driver", ["blocking"], indirect=True)
+@pytest.mark.parametrize("url", ["sqlite_url"], indirect=True)
+def test_a_soft_limit_that_sqlalchemy_wraps_gives_the_claim_back(seller: Seller, has_host: bool) -> None:
+    """It comes out as itself, and to a framework it is an outage as any other (F31, F62)."""
+    with struck_within_sqlalchemy(seller, "after_begin"):
+        sees_it_come_again(seller, SoftLimitError, has_host=has_host)
 
 
 @pytest.mark.parametrize("struck", [SoftLimitError, KeyboardInterrupt])
