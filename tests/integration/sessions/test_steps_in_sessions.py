@@ -72,50 +72,46 @@ def handler(seller: Seller, step: Callable[[], Any], after: Callable[[], None] =
     return lambda name: seller.driver(decorated(name))
 
 
+class BrokenOnce:
+    """A shop whose step charges, and whose handler fails after it, the first time."""
+
+    def __init__(self) -> None:
+        self.effects: list[str] = []
+        self._failures = [BrokenError()]
+
+    def charge(self) -> str:
+        self.effects.append("charged")
+        return f"receipt {len(self.effects)}"
+
+    def fail(self) -> None:
+        if self._failures:
+            raise self._failures.pop()
+
+
 @on_servers
 def test_a_step_is_kept_though_the_transaction_is_undone(seller: Seller) -> None:
     """Its outside effect has happened; the rows of the handler have not (F14, F15)."""
-    effects: list[str] = []
-    failures = [BrokenError()]
-
-    def fail() -> None:
-        if failures:
-            raise failures.pop()
-
-    def effect() -> str:
-        effects.append("charged")
-        return f"receipt {len(effects)}"
-
-    task = handler(seller, effect, fail)
+    shop = BrokenOnce()
+    task = handler(seller, shop.charge, shop.fail)
     with pytest.raises(BrokenError):
         task("A-1")
     assert seller.orders() == 0
     assert task("A-1") == "receipt 1"
-    assert (effects, seller.orders()) == (["charged"], 1)
+    assert (shop.effects, seller.orders()) == (["charged"], 1)
 
 
 @on_servers
 def test_a_step_is_kept_behind_a_marker(driver: Driver, url: str, redis_url: str) -> None:
     """With Redis in front it is the record's transaction all the same: a step is replayed, and keeps off."""
     store = TieredStore(RedisStore(redis_url, socket_timeout=PATIENCE), SQLStore(url, create_schema=True))
-    effects: list[str] = []
-    failures = [BrokenError()]
-
-    def fail() -> None:
-        if failures:
-            raise failures.pop()
-
-    def effect() -> str:
-        effects.append("charged")
-        return f"receipt {len(effects)}"
-
+    shop = BrokenOnce()
     used: list[Session] = []
     with Seller(driver, url, store) as seller, on("after_begin", lambda session, *_: used.append(session)):
-        task = handler(seller, effect, fail)
+        task = handler(seller, shop.charge, shop.fail)
         with pytest.raises(BrokenError):
             task("A-1")
         assert [task("A-1"), task("A-1")] == ["receipt 1"] * 2
-        assert (effects, seller.orders()) == (["charged"], 1)
+        assert (shop.effects, seller.orders()) == (["charged"], 1)
         with pytest.raises(ConfigurationError, match="must not use the session"):
             handler(seller, lambda: used[-1].add(Order(name="in a step")))("A-2")
         assert (seller.orders(), seller.state("A-2")) == (1, State.RELEASED)
