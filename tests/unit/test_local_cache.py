@@ -89,9 +89,12 @@ def test_it_lasts_as_long_as_the_shortest(
 
 
 def test_what_has_no_time_left_is_not_kept(cache: LocalCache) -> None:
-    """Its retention was over when it was answered."""
-    keep(cache, answer=finished(expires_in=0.0))
-    assert (cache.answer(request()), len(cache)) == (None, 0)
+    """Its retention was over when it was answered: it takes no room from another."""
+    for number in range(SIZE):
+        keep(cache, f"A-{number}")
+    keep(cache, "over", finished(expires_in=0.0))
+    assert [cache.answer(request(f"A-{number}")) is not None for number in range(SIZE)] == [True] * SIZE
+    assert cache.answer(request("over")) is None
 
 
 def test_a_large_outcome_is_not_kept(cache: LocalCache) -> None:
