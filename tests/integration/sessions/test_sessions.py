@@ -43,6 +43,23 @@ def on(what: str, do: Callable[..., None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def cancelled_once(what: str) -> Iterator[None]:
+    """Let the task at hand be cancelled the first time that this event comes."""
+    strikes = ["once"]
+
+    def cancel(*_: object) -> None:
+        if strikes:
+            strikes.pop()
+            own = asyncio.current_task()
+            assert own is not None
+            own.cancel()
+
+    with on(what, cancel):
+        yield
+    assert strikes == []
+
+
+@contextlib.contextmanager
 def struck_within_sqlalchemy(seller: Seller, after: str) -> Iterator[None]:
     """Let a soft limit strike once, in the first statement after this event: there SQLAlchemy wraps what is raised."""
     plan: list[BaseException] = [SoftLimitError()]
@@ -510,19 +527,10 @@ def test_a_loop_that_ends_at_the_end_leaves_both_or_nothing(seller: Seller, what
 @pytest.mark.parametrize("driver", ["asyncio"], indirect=True)
 def test_a_commit_that_alone_was_cancelled_before_it_was_sent_brings_the_message_back(seller: Seller) -> None:
     """Nobody cancelled the call, so it says that nothing is committed, and it does not commit what is left (F59)."""
-    strikes = ["once"]
-
-    def cancel(*_: object) -> None:
-        if strikes:
-            strikes.pop()
-            own = asyncio.current_task()
-            assert own is not None
-            own.cancel()
-
     task = seller.task(order)
-    with on("after_flush", cancel), pytest.raises(StoreUnavailableError, match="before anything was committed"):
+    with cancelled_once("after_flush"), pytest.raises(StoreUnavailableError, match="before anything was committed"):
         task("A-1")
-    assert (strikes, seller.orders(), seller.state()) == ([], 0, State.RELEASED)
+    assert (seller.orders(), seller.state()) == (0, State.RELEASED)
     assert task("A-1") == "ordered A-1"
     assert seller.orders() == 1
 

@@ -19,7 +19,13 @@ from idem_tasks.errors import StoreUnavailableError
 from idem_tasks.events import EventName
 from idem_tasks.testing import Driver
 from tests.integration.sessions.seller import Seller, order
-from tests.integration.sessions.test_sessions import SERVERS, SoftLimitError, on, struck_within_sqlalchemy
+from tests.integration.sessions.test_sessions import (
+    SERVERS,
+    SoftLimitError,
+    cancelled_once,
+    on,
+    struck_within_sqlalchemy,
+)
 
 
 class Framework:
@@ -165,15 +171,5 @@ def is_waited_for(seller: Seller) -> int:
 @pytest.mark.parametrize("driver", ["asyncio"], indirect=True)
 def test_a_cancellation_as_it_is_begun_gives_the_claim_back(seller: Seller) -> None:
     """Nothing is written, and the message comes again (F62)."""
-    strikes = ["once"]
-
-    def cancel(*_: object) -> None:
-        if strikes:
-            strikes.pop()
-            task = asyncio.current_task()
-            assert task is not None
-            task.cancel()
-
-    with on("after_begin", cancel):
+    with cancelled_once("after_begin"):
         sees_it_come_again(seller, asyncio.CancelledError, has_host=False)
-    assert strikes == []
